@@ -1,0 +1,1 @@
+"""The constraint: which layers it holds for, how it is held, and the proof that it was."""

@@ -1,0 +1,171 @@
+"""Linear layers that train only in the free directions of their weight."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from transformers.pytorch_utils import Conv1D
+
+from lorica.constrain.reduced import ReducedLinear, lift
+from lorica.errors import LoricaError
+from lorica.subspace.basis import Basis
+
+_layers: weakref.WeakSet[SubspaceLayer] = weakref.WeakSet()
+
+
+def _fold_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer in _layers:
+        if id(layer.core) in held:
+            layer.fold()
+
+
+# A version counter would not do as the only trigger: fused AdamW does not raise it.
+register_optimizer_step_post_hook(_fold_after_step)
+
+
+class SubspaceLayer(nn.Module):
+    """What the protected forms of ``nn.Linear`` and GPT-2's ``Conv1D`` share.
+
+    The weight is
+
+        W = W0 + Q_U M Q_V^T
+
+    with W0 the weight that came in, Q_U and Q_V orthonormal bases of the free output and input directions,
+    and M, called ``core``, the only tensor that trains. ``weight`` is dense, frozen and under its own name,
+    so that the forward pass costs what the plain layer's does. It is folded anew, always from W0, after
+    every step of any ``torch.optim.Optimizer`` that holds the core, and whenever the core was written to in
+    another way (``load_state_dict``, ``core.data.copy_``).
+
+    Attributes:
+        core: M (P x Q), float32 (float64 for float64 weights), zero at first.
+        base: W0 in the dtype of the weight.
+        out_basis: Q_U.
+        in_basis: Q_V.
+    """
+
+    base: Tensor
+    core: nn.Parameter
+    out_basis: Basis
+    in_basis: Basis
+    _plain: tuple[nn.Linear | Conv1D]
+    transposed = False
+    """Whether the weight is stored (in, out)."""
+
+    @classmethod
+    def wrap(cls, plain: nn.Linear | Conv1D, out_basis: Basis, in_basis: Basis) -> Self:
+        """Return the protected form of a layer; it shares the layer's parameters and keeps it for release."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.__dict__.update({key: value for key, value in plain.__dict__.items() if not key.startswith("_")})
+        layer.weight = plain.weight
+        layer.register_parameter("bias", plain.bias)
+        layer._plain = (plain,)  # in a tuple: not a submodule
+        layer._install(out_basis, in_basis)
+        return layer
+
+    def _install(self, out_basis: Basis, in_basis: Basis) -> None:
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        core = torch.zeros(out_basis.free, in_basis.free, dtype=wide, device=self.matrix.device)
+        self.core = nn.Parameter(core)
+        self.out_basis, self.in_basis = out_basis.to(core.device), in_basis.to(core.device)
+        self.register_buffer("base", self.matrix.detach().clone(), persistent=False)
+        self._folded = self.core._version
+        _layers.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._folded = -1  # a copied or unpickled core starts a version count of its own
+        _layers.add(self)
+
+    def unwrap(self) -> nn.Linear | Conv1D:
+        """Return the plain layer that was wrapped, with the folded weight."""
+        self.refresh()
+        (plain,) = self._plain
+        plain.weight, plain.bias = self.weight, self.bias  # type: ignore[assignment]
+        plain.train(self.training)
+        _layers.discard(self)
+        return plain
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out, in), whatever its layout."""
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    def delta(self) -> Tensor:
+        """Return ``Q_U M Q_V^T`` (out x in), the change since ``protect``, in the dtype of the core."""
+        return lift(self.core.detach(), self.out_basis, self.in_basis)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Set the weight to ``W0 + Q_U M Q_V^T``, computed in the dtype of the core and rounded once."""
+        if self.core.dtype not in (torch.float32, torch.float64):
+            raise LoricaError(
+                f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after"
+            )
+        if self.core.numel():
+            self.matrix.copy_(self.delta() + self.base)
+        self._folded = self.core._version
+
+    def refresh(self) -> None:
+        """Fold if the core was written to since the last fold."""
+        if self.core._version != self._folded:
+            self.fold()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        if torch.is_grad_enabled() and self.core.requires_grad:
+            return ReducedLinear.apply(x, self.core, self.matrix, self.bias, self.out_basis, self.in_basis)
+        return F.linear(x, self.matrix, self.bias)  # type: ignore[arg-type]
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.refresh()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        saved = state_dict.get(f"{prefix}weight")
+        errors = lists[-1]
+        if saved is not None and f"{prefix}core" not in state_dict:
+            errors.append(f"{prefix}weight is a plain weight: call lorica.release before loading it")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
+        self.fold()
+        if saved is not None and not _equal_to_rounding(saved.to(self.weight), self.get_parameter("weight")):
+            errors.append(f"{prefix}core was saved by an update that began at another model")
+
+    def extra_repr(self) -> str:
+        m, n = self.matrix.shape
+        return f"in_features={n}, out_features={m}, core={tuple(self.core.shape)}, bias={self.bias is not None}"
+
+
+class SubspaceLinear(SubspaceLayer, nn.Linear):
+    """``nn.Linear`` that trains only in the free directions of its weight; see :class:`SubspaceLayer`."""
+
+
+class SubspaceConv1D(SubspaceLayer, Conv1D):
+    """GPT-2's ``Conv1D``, whose weight is stored (in, out); see :class:`SubspaceLayer`."""
+
+    transposed = True
+
+
+WRAPPERS: dict[type[nn.Module], type[SubspaceLayer]] = {nn.Linear: SubspaceLinear, Conv1D: SubspaceConv1D}
+"""The exact layer types that can be protected. A subclass may compute something else, so it is refused."""
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """Return a layer's weight as (out, in), whatever its layout."""
+    weight = module.get_parameter("weight")
+    return weight.T if WRAPPERS[type(module)].transposed else weight
+
+
+def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).abs().max() <= 8 * torch.finfo(b.dtype).eps * b.abs().max())

@@ -1,0 +1,156 @@
+"""The projected engine: any optimizer, kept on a feasible set of dense weights.
+
+``block`` constrains a product of both sides, ``U^T D V = 0``, and so leaves no smaller matrix to train.
+Projecting gradients is not enough: an element-wise optimizer such as AdamW steps out of the set that its
+gradient lies in. So the weights themselves are put back after each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorica.constrain.linear import WRAPPERS, matrix_of
+from lorica.constrain.protect import fitting_targets, freeze_all_but
+from lorica.errors import LoricaError
+from lorica.subspace.plan import Plan
+from lorica.subspace.sources import protected_directions
+
+
+class WeightConstraint(Protocol):
+    """A set of weights: what a gradient may keep, and the way back onto the set."""
+
+    def project(self, gradient: Tensor) -> Tensor:
+        """Return the part of a gradient (stored layout of the weight) that leads along the set."""
+        ...
+
+    def retract(self, weight: Tensor) -> Tensor:
+        """Return the nearest weight (stored layout) in the set."""
+        ...
+
+
+class Block:
+    """``U^T (W - W0) V = 0``: what W0 does between protected inputs and protected outputs stays.
+
+        project(G) = G - U (U^T G V) V^T        retract(W) = W - U (U^T W V - U^T W0 V) V^T
+
+    Both are orthogonal projections in the Frobenius norm. What is stored of W0 is only the K x K block.
+
+    Source:
+        arXiv 2504.07097, the projected gradient as the paper writes it.
+    """
+
+    def __init__(self, weight_MN: Tensor, u_MK: Tensor, v_NK: Tensor, *, transposed: bool = False) -> None:
+        self.u, self.v = u_MK.to(weight_MN.dtype), v_NK.to(weight_MN.dtype)
+        self.block_KK = (u_MK.T @ weight_MN.double() @ v_NK).to(weight_MN.dtype)
+        self.transposed = transposed
+
+    def project(self, gradient: Tensor) -> Tensor:
+        return gradient - self._lift(self._block(gradient))
+
+    def retract(self, weight: Tensor) -> Tensor:
+        return weight - self._lift(self._block(weight) - self.block_KK)
+
+    def _block(self, stored: Tensor) -> Tensor:
+        return self.u.T @ (stored.T if self.transposed else stored) @ self.v
+
+    def _lift(self, block_KK: Tensor) -> Tensor:
+        lifted = self.u @ block_KK @ self.v.T
+        return lifted.T if self.transposed else lifted
+
+
+def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, WeightConstraint]:
+    """Return the ``block`` constraint of each planned weight, and freeze everything the plan does not train.
+
+    Give the result to :class:`ConstrainedOptimizer`; entries with k = 0 train plainly and have none.
+
+    Raises:
+        LoricaError: the plan does not fit the model, holds another constraint, or a weight is narrower than
+            float32 (its rounding alone would leave the set).
+    """
+    targets = fitting_targets(model, plan)
+    constraints: dict[nn.Parameter, WeightConstraint] = {}
+    for entry in plan.entries:
+        module = targets[entry.name]
+        weight_MN = matrix_of(module).detach()
+        if entry.constraint != "block":
+            raise LoricaError(f"{entry.name}: constraint {entry.constraint!r} is held by lorica.protect")
+        if weight_MN.dtype not in (torch.float32, torch.float64):
+            raise LoricaError(f"{entry.name} is {weight_MN.dtype}; constraint 'block' needs float32 weights")
+        if entry.k:
+            u_MK, v_NK = protected_directions(weight_MN, entry)
+            transposed = WRAPPERS[type(module)].transposed
+            constraints[module.get_parameter("weight")] = Block(weight_MN, u_MK, v_NK, transposed=transposed)
+    freeze_all_but(model, plan, [targets[name].get_parameter("weight") for name in plan.names()])
+    return constraints
+
+
+class ConstrainedOptimizer(Optimizer):
+    """Any optimizer whose weights stay on their constraints: project, clip, step, put back.
+
+    A ``torch.optim.Optimizer`` to schedulers, Trainer and Accelerate; parameter groups, state and
+    ``state_dict`` are those of the inner optimizer. Nothing constrained = the inner optimizer, bitwise.
+
+    Args:
+        inner: the optimizer that steps. It is hooked, so do not go on using it unconstrained.
+        constraints: by parameter; parameters without one are stepped plainly.
+        max_grad_norm: clip all gradients of the inner optimizer to this norm after projecting. Clipping
+            earlier, as a Trainer would, counts gradient that is then thrown away.
+    """
+
+    def __init__(
+        self,
+        inner: Optimizer,
+        constraints: Mapping[nn.Parameter, WeightConstraint],
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
+        strangers = sum(id(parameter) not in held for parameter in constraints)
+        if strangers:
+            raise LoricaError(f"{strangers} of the {len(constraints)} constrained weights are not in the optimizer")
+        self.inner = inner
+        self.constraints = dict(constraints)
+        self.max_grad_norm = max_grad_norm
+        inner.register_step_pre_hook(lambda *_: self.project_gradients())
+        inner.register_step_post_hook(lambda *_: self.retract_weights())
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    @torch.no_grad()
+    def project_gradients(self) -> None:
+        """Replace each gradient by its feasible part, then clip. Runs by itself before each step."""
+        for parameter, constraint in self.constraints.items():
+            if parameter.grad is not None:
+                parameter.grad.copy_(constraint.project(parameter.grad))
+        if self.max_grad_norm:
+            everything = [parameter for group in self.param_groups for parameter in group["params"]]
+            nn.utils.clip_grad_norm_(everything, self.max_grad_norm)
+
+    @torch.no_grad()
+    def retract_weights(self) -> None:
+        """Put each weight back on its constraint. Runs by itself after each step."""
+        for parameter, constraint in self.constraints.items():
+            parameter.copy_(constraint.retract(parameter))
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        return self.inner.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.inner.add_param_group(param_group)

@@ -1,0 +1,209 @@
+"""``lorica.plan``: decide what is protected in which weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorica.constrain.linear import matrix_of
+from lorica.constrain.targets import family, find_targets
+from lorica.errors import LoricaError, did_you_mean
+from lorica.subspace import ranks as policies
+from lorica.subspace.calibration import Batch, InputStatistics, observe, random_tokens
+from lorica.subspace.linalg import singular_values
+from lorica.subspace.plan import Constraint, Plan, PlanEntry, Source
+
+UNFREEZE_RANK_RATIO = 0.25
+"""Default share of each weight's directions that stays trainable."""
+
+
+def plan(
+    model: nn.Module,
+    unfreeze_rank_ratio: float | None = None,
+    *,
+    ranks: str = "uniform",
+    source: Source = "weight",
+    constraint: Constraint | None = None,
+    calibration: Iterable[Batch] | str | None = None,
+    target_modules: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, float | int] | None = None,
+    train_also: Sequence[str] = (),
+    freeze_experts: bool = False,
+    effective_rank: float | int | None = None,
+    osft_unfreeze_rank_ratio: float | None = None,
+    mrr: float = 0.1,
+    trr: float = 0.8,
+) -> Plan:
+    """Decide what is protected in which weight; nothing is changed yet.
+
+    With r the protected share of a weight and s the number of its directions, ``k = floor(r s)``, where r is
+
+    - ``uniform``: ``1 - unfreeze_rank_ratio``;
+    - ``importance``: ``mrr + I_l (trr - mrr)``, I_l the mean cosine between the layer's inputs and outputs
+      over the calibration batches, normalised to mean 1 (the paper's adaptive rule);
+    - ``energy``: the least share that holds ``1 - unfreeze_rank_ratio`` of the squared spectrum;
+    - ``effective-rank``: exp of the spectrum's entropy, over s.
+
+    Args:
+        model: a Hugging Face model, or any ``nn.Module`` with linear layers.
+        unfreeze_rank_ratio: share of the directions that stays trainable, 0 (nothing moves) to 1 (plain
+            training); 0.25 by default.
+        ranks: one of ``lorica.subspace.ranks.RANKS``.
+        source: ``weight`` (top singular directions of W, the paper) or ``activation`` (principal directions
+            of the layer's inputs over the calibration batches).
+        constraint: ``two-sided`` (default for ``weight``), ``input`` (default for ``activation``),
+            ``output`` or ``block``.
+        calibration: batches as the model takes them, or "random" for random tokens; needed by
+            ``importance`` and ``activation``.
+        target_modules: see ``find_targets``; default: all linear layers of the blocks.
+        rank_pattern: protected share (float, 0 to 1) or count (int) for modules whose name ends in the
+            given regular expression, over whatever ``ranks`` says.
+        train_also: regular expressions of parameter names outside the constrained weights that train
+            freely; all others are frozen.
+        freeze_experts: for mixtures of experts: freeze the experts' 3-D weights and go on.
+        effective_rank: PEFT's name for the protected part: an int counts directions, a float is a share.
+        osft_unfreeze_rank_ratio: mini_trainer's name for ``unfreeze_rank_ratio``.
+        mrr, trr: minimum and target retention ratio of ``importance``.
+
+    Returns:
+        A plan: print it, save it, edit it, give it to ``protect``.
+
+    Raises:
+        LoricaError: an unknown name, a value out of range, a pattern that matches nothing, a weight that
+            cannot be constrained.
+    """
+    protected = _protected_amount(unfreeze_rank_ratio, osft_unfreeze_rank_ratio, effective_rank)
+    constraint = constraint or ("input" if source == "activation" else "two-sided")
+    _check_choices(ranks=ranks, source=source, constraint=constraint)
+    targets = find_targets(model, target_modules, freeze_experts=freeze_experts)
+    observed: dict[str, InputStatistics] = {}
+    if ranks == "importance" or source == "activation":
+        batches = _batches(model, calibration, needed_by=source if source == "activation" else ranks)
+        observed = observe(model, targets, batches, moments=source == "activation")
+    weights = {name: matrix_of(module) for name, module in targets.items()}
+    entries = [
+        PlanEntry(name=name, shape=(w.shape[0], w.shape[1]), k=0, source=source, constraint=constraint)
+        for name, w in weights.items()
+    ]
+    counts = _counts(ranks, protected, entries, weights, observed, mrr, trr)
+    entries = [entry.model_copy(update=counts(entry)) for entry in entries]
+    result = Plan(
+        family=family(model),
+        entries=_with_pattern(entries, rank_pattern or {}),
+        train_also=list(train_also),
+    )
+    result._moments = {name: one.moment_NN for name, one in observed.items() if one.moment_NN is not None}
+    return result
+
+
+def _protected_amount(ratio: float | None, synonym: float | None, effective: float | int | None) -> float | int:
+    given = {"unfreeze_rank_ratio": ratio, "osft_unfreeze_rank_ratio": synonym, "effective_rank": effective}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise LoricaError(f"{' and '.join(names)} say the same thing; give one of them")
+    if effective is not None:
+        return _amount("effective_rank", effective)
+    name = names[0] if names else "unfreeze_rank_ratio"
+    value = ratio if ratio is not None else synonym if synonym is not None else UNFREEZE_RANK_RATIO
+    if not 0 <= value <= 1:
+        raise LoricaError(f"{name} = {value} is out of range: 0 (nothing moves) to 1 (plain training)")
+    return 1.0 - value
+
+
+def _amount(name: str, value: float | int) -> float | int:
+    if isinstance(value, bool) or value < 0 or (isinstance(value, float) and not value <= 1):
+        raise LoricaError(f"{name} = {value} is out of range: a share from 0.0 to 1.0, or a count of directions")
+    return value
+
+
+def _check_choices(*, ranks: str, source: str, constraint: str) -> None:
+    choices = {
+        "ranks": (ranks, policies.RANKS),
+        "source": (source, ("weight", "activation")),
+        "constraint": (constraint, ("two-sided", "input", "output", "block")),
+    }
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise LoricaError(f"{name} {value!r} is unknown; known: {', '.join(known)}.{did_you_mean(value, known)}")
+    if source == "activation" and constraint != "input":
+        raise LoricaError(
+            f"source 'activation' knows directions of the inputs only; constraint {constraint!r} needs 'weight'"
+        )
+    if source == "activation" and ranks in ("energy", "effective-rank"):
+        raise LoricaError(f"ranks {ranks!r} reads the weight's spectrum; with source 'activation' use 'uniform'")
+
+
+def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, *, needed_by: str) -> Iterable[Batch]:
+    if calibration is None:
+        raise LoricaError(f'{needed_by!r} needs calibration inputs; give calibration= (batches, or "random")')
+    if not isinstance(calibration, str):
+        return calibration
+    if calibration != "random":
+        raise LoricaError(f'calibration {calibration!r} is unknown; give batches, or "random" for random tokens')
+    return random_tokens(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+
+
+def _counts(
+    ranks: str,
+    protected: float | int,
+    entries: Sequence[PlanEntry],
+    weights: Mapping[str, Tensor],
+    observed: Mapping[str, InputStatistics],
+    mrr: float,
+    trr: float,
+) -> Callable[[PlanEntry], dict[str, Any]]:
+    """Return what a policy says of one entry: its k, and why."""
+    if ranks == "importance":
+        shares = policies.importance_shares({n: one.similarity for n, one in observed.items()}, mrr, trr)
+        return lambda e: {
+            "k": policies.share_to_count(shares[e.name], e.limit),
+            "why": f"importance: cosine {observed[e.name].similarity:.3f}, share {shares[e.name]:.3f}",
+        }
+    if ranks == "energy":
+        if isinstance(protected, int):
+            raise LoricaError("ranks 'energy' needs a share, not a count: give unfreeze_rank_ratio")
+        return lambda e: {
+            "k": policies.energy_rank(_spectrum(e.name, weights), protected),
+            "why": f"energy: {protected:g} of the squared spectrum",
+        }
+    if ranks == "effective-rank":
+        return lambda e: _effective(policies.effective_rank(_spectrum(e.name, weights)), e)
+    return lambda e: {"k": _count("effective_rank", protected, e), "why": f"uniform: {protected:g} protected"}
+
+
+def _effective(rank: float, entry: PlanEntry) -> dict[str, Any]:
+    return {"k": min(entry.limit, int(rank)), "why": f"effective rank {rank:.1f}"}
+
+
+def _spectrum(name: str, weights: Mapping[str, Tensor]) -> Tensor:
+    try:
+        return singular_values(weights[name])
+    except LoricaError as error:
+        raise LoricaError(f"{name}: {error}") from error
+
+
+def _count(option: str, amount: float | int, entry: PlanEntry) -> int:
+    if isinstance(amount, float):
+        return policies.share_to_count(amount, entry.limit)
+    if amount > entry.limit:
+        raise LoricaError(
+            f"{option} = {amount} is out of range for {entry.name} ({entry.shape[0]} x {entry.shape[1]}): "
+            f"0 to {entry.limit}"
+        )
+    return amount
+
+
+def _with_pattern(entries: list[PlanEntry], rank_pattern: Mapping[str, float | int]) -> list[PlanEntry]:
+    for pattern, amount in rank_pattern.items():
+        _amount(f"rank_pattern[{pattern!r}]", amount)
+        compiled = re.compile(rf"(^|.*\.)({pattern})")
+        hits = [i for i, entry in enumerate(entries) if compiled.fullmatch(entry.name)]
+        if not hits:
+            raise LoricaError(f"rank_pattern: {pattern!r} matches none of the {len(entries)} constrained weights")
+        for i in hits:
+            k = _count(f"rank_pattern[{pattern!r}]", amount, entries[i])
+            entries[i] = entries[i].model_copy(update={"k": k, "why": f"rank_pattern {pattern!r}: {amount:g}"})
+    return entries

@@ -1,0 +1,136 @@
+"""``lorica.protect`` a model in place and ``lorica.release`` it again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorica.constrain.linear import WRAPPERS, SubspaceLayer, matrix_of
+from lorica.constrain.targets import find_targets
+from lorica.errors import LoricaError
+from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.sources import free_bases, protected_directions
+
+_RECORD = "_lorica_protection"
+
+
+def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int], None] | None = None) -> nn.Module:
+    """Constrain the planned weights in place; from here on any training leaves the protected directions alone.
+
+    Each planned layer is replaced by a ``SubspaceLinear`` that shares its parameters; a layer with k = 0
+    stays as it is and trains plainly. Every other parameter is frozen unless ``plan.train_also`` names it.
+    The model computes what it did before, bit for bit, and goes into any Trainer or hand-written loop with
+    any optimizer; build the optimizer after this call.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: from ``lorica.plan`` or ``Plan.load``.
+        progress: called as ``progress(name, done, total)`` after each weight's split.
+
+    Returns:
+        The same model.
+
+    Raises:
+        LoricaError: the plan does not fit the model, asks for ``block`` (held by the optimizer, not by the
+            model: see ``lorica.ConstrainedOptimizer``), or a weight holds NaN or inf. The model is then
+            untouched.
+    """
+    targets = fitting_targets(model, plan)
+    _named_parameters(model, plan.train_also)
+    wrapped: dict[str, SubspaceLayer] = {}
+    for done, entry in enumerate(plan.entries, start=1):
+        if entry.constraint == "block":
+            raise LoricaError(
+                f"{entry.name}: constraint 'block' is held by lorica.ConstrainedOptimizer, not by protect"
+            )
+        if entry.k > 0:
+            wrapped[entry.name] = _wrapped(targets[entry.name], entry, plan)
+        if progress:
+            progress(entry.name, done, len(plan))
+    freeze_all_but(model, plan, [targets[e.name].get_parameter("weight") for e in plan.entries if e.k == 0])
+    _swap(model, {id(targets[name]): layer for name, layer in wrapped.items()})
+    return model
+
+
+def _wrapped(module: nn.Module, entry: PlanEntry, plan: Plan) -> SubspaceLayer:
+    matrix = matrix_of(module).detach()
+    directions = protected_directions(matrix, entry, plan._moments.get(entry.name))
+    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    assert isinstance(module, nn.Linear | Conv1D)  # find_targets lets nothing else pass
+    return WRAPPERS[type(module)].wrap(module, *free_bases(directions, wide))
+
+
+def freeze_all_but(model: nn.Module, plan: Plan, weights: Sequence[nn.Parameter]) -> None:
+    """Freeze every parameter but these weights and what ``plan.train_also`` names; ``release`` undoes it."""
+    also = _named_parameters(model, plan.train_also)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in (*weights, *also):
+        parameter.requires_grad_(True)
+    setattr(model, _RECORD, (plan, trainable))
+
+
+def fitting_targets(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """Return the modules that a plan names, by name.
+
+    Raises:
+        LoricaError: the model has no such module, or its weight has another shape.
+    """
+    names = list(plan.names())
+    patterns = [re.escape(name) for name in names]
+    targets = find_targets(model, patterns, freeze_experts=True) if names else {}
+    for entry in plan.entries:
+        if entry.name not in targets:
+            raise LoricaError(f"the plan names {entry.name}, which the model does not have")
+        shape = tuple(matrix_of(targets[entry.name]).shape)
+        if shape != entry.shape:
+            raise LoricaError(f"the plan has {entry.name} as {entry.shape}, the model as {shape}")
+    return targets
+
+
+def _named_parameters(model: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+    chosen = []
+    for pattern in patterns:
+        hits = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+        if not hits:
+            raise LoricaError(f"train_also: {pattern!r} matches no parameter of the model")
+        chosen += hits
+    return chosen
+
+
+def _swap(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
+
+
+def release(model: nn.Module) -> nn.Module:
+    """Give the plain model back, in place: the same modules, keys, dtype and flags as before ``protect``.
+
+    The weights are the trained ones. Releasing a model that is not protected changes nothing.
+    """
+    layers = {id(module): module.unwrap() for module in model.modules() if isinstance(module, SubspaceLayer)}
+    _swap(model, layers)
+    if hasattr(model, _RECORD):
+        _, trainable = getattr(model, _RECORD)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        delattr(model, _RECORD)
+    return model
+
+
+def protected_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
+    """Return the protected layers of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SubspaceLayer)}
+
+
+def plan_of(model: nn.Module) -> Plan | None:
+    """Return the plan a model is protected by, or None."""
+    record = getattr(model, _RECORD, None)
+    return None if record is None else record[0]

@@ -1,0 +1,20 @@
+"""The one exception that is the user's to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoricaError(Exception):
+    """A mistake in what the user gave: a path, a row, an option, a weight.
+
+    The message names the file, line, field or option and says what to do. The command line prints it
+    without a traceback and exits with status 2; anything else that is raised is a defect of Lorica.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name nearest to ``name``, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,1 @@
+"""Subspaces of a weight: how they are found, how large they are, how they are stored."""

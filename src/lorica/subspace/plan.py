@@ -1,0 +1,164 @@
+"""A plan: what is protected in which weight, as data that can be read, edited and given back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from lorica.errors import LoricaError
+
+Constraint = Literal["two-sided", "input", "output", "block"]
+Source = Literal["weight", "activation"]
+
+
+class PlanEntry(BaseModel):
+    """What is protected in one weight.
+
+    Attributes:
+        name: the module's name in the model.
+        shape: (out, in) as in ``nn.Linear``, also for weights that are stored transposed.
+        k: how many directions are protected on each constrained side, 0 (plain training) to min(shape)
+            for ``source="weight"``, to the side's dimension for ``source="activation"``.
+        source: where the directions come from: the weight's singular vectors (``weight``, the paper) or
+            the principal directions of the layer's inputs (``activation``).
+        constraint: what every change D must satisfy: ``two-sided`` U^T D = 0 and D V = 0, ``input`` D V = 0,
+            ``output`` U^T D = 0, ``block`` U^T D V = 0.
+        why: how k came about, in words.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    shape: tuple[int, int]
+    k: int = Field(ge=0)
+    source: Source = "weight"
+    constraint: Constraint = "two-sided"
+    why: str = ""
+
+    @property
+    def limit(self) -> int:
+        """The largest k there is: N directions of the inputs, or min(M, N) singular vectors."""
+        return self.shape[1] if self.source == "activation" else min(self.shape)
+
+    @property
+    def free(self) -> int:
+        """Degrees of freedom that training keeps."""
+        (m, n), k = self.shape, self.k
+        return {
+            "two-sided": (m - k) * (n - k),
+            "input": m * (n - k),
+            "output": (m - k) * n,
+            "block": m * n - k * k,
+        }[self.constraint]
+
+    @property
+    def share(self) -> float:
+        """Share of the side's directions that is protected."""
+        return self.k / self.limit
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the row of the plan's table."""
+        m, n = self.shape
+        share = f"{self.share:.0%}"
+        return self.name, f"{m}x{n}", str(self.k), f"{self.free:,}", share, self.source, self.constraint, self.why
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Self:
+        if self.k > self.limit:
+            raise ValueError(f"{self.name}: k = {self.k} is out of range for shape {self.shape}: 0 to {self.limit}")
+        if self.source == "activation" and self.constraint != "input":
+            raise ValueError(
+                f"{self.name}: source 'activation' knows directions of the inputs only; use constraint 'input', "
+                f"not {self.constraint!r}"
+            )
+        return self
+
+
+class Plan(BaseModel):
+    """The protection of a whole model.
+
+    Attributes:
+        family: the model's architecture (``config.model_type``), for the reader.
+        entries: one per constrained weight.
+        train_also: patterns of parameters outside these weights that train freely. All others (embeddings,
+            output head, norms, biases) are frozen: each is an unprotected path to forgetting.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: Literal[1] = 1
+    family: str = "unknown"
+    entries: list[PlanEntry]
+    train_also: list[str] = []
+
+    _moments: dict[str, Any] = PrivateAttr(default_factory=dict)
+    """Input second moments by name, for ``source="activation"``. Measured, so not part of the saved data."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def names(self) -> Iterator[str]:
+        """Yield the names of the constrained modules, in the order of the model."""
+        return (entry.name for entry in self.entries)
+
+    @property
+    def free(self) -> int:
+        """Degrees of freedom that training keeps, over all weights."""
+        return sum(entry.free for entry in self.entries)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, one line per weight so that it is easy to edit."""
+        head = self.model_dump(mode="json", exclude={"entries"})
+        lines = ",\n".join("    " + json.dumps(entry.model_dump(mode="json")) for entry in self.entries)
+        text = json.dumps(head, indent=2)[:-2] + f',\n  "entries": [\n{lines}\n  ]\n}}\n'
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that was saved, and perhaps edited.
+
+        Raises:
+            LoricaError: no such file, no JSON, an unknown or missing field, or a k out of range.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls.model_validate(data)
+        except OSError as error:
+            raise LoricaError(f"{path}: cannot read the plan: {error.strerror}") from error
+        except ValueError as error:
+            raise LoricaError(f"{path}: not a plan: {_first_problem(error)}") from error
+
+    def table(self) -> str:
+        """Return the plan as text: one row per weight, a line of totals, and what else trains."""
+        head = ("layer", "shape", "k", "free", "share", "source", "constraint", "why")
+        rows: list[tuple[str, ...]] = [head, *(entry.cells() for entry in self.entries)]
+        lines = _aligned(rows, right={2, 3, 4})
+        total = sum(e.shape[0] * e.shape[1] for e in self.entries)
+        lines.append(
+            f"{len(self)} weights, {total:,} numbers, {self.free:,} free ({self.free / max(total, 1):.1%}); "
+            + (f"trained freely as well: {', '.join(self.train_also)}" if self.train_also else "all else is frozen")
+        )
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+
+
+def _first_problem(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
