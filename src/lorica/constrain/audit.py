@@ -58,15 +58,17 @@ def rounding_share(before_MN: Tensor, after_MN: Tensor) -> float:
     """Return how large the rounding error of the stored weights must be, relative to the change.
 
     A number w of a dtype with eps is rounded to a grid of step ``2^floor(log2 |w|) eps``, which leaves an
-    error of variance step^2 / 12, or the whole change where that is smaller. No constraint can be seen more
-    exactly than this, times the protected share of the directions.
+    error of variance step^2 / 12, or the whole change where that is smaller. How large the change of one
+    entry was cannot be read off that entry once it is rounded (most small ones are lost entirely), so the
+    mean over the weight stands for it. No constraint can be seen more exactly than this share, times the
+    protected share of the directions.
     """
     after = after_MN.double()
     delta = after - before_MN.double()
     eps = max(torch.finfo(before_MN.dtype).eps, torch.finfo(after_MN.dtype).eps)
     exponent = torch.frexp(after).exponent
     step = torch.ldexp(torch.full_like(after, eps), exponent - 1)
-    error = torch.minimum(step.square() / 12, delta.square())
+    error = (step.square() / 12).clamp_max(delta.square().mean())
     norm = delta.norm()
     return 0.0 if norm == 0 else (error.sum().sqrt() / norm).item()
 
@@ -108,6 +110,12 @@ class AuditRow:
         free = [self.unconstrained_u, self.unconstrained_v]
         cells = [f"{self.k}", *map(_small, leaks), *("-" if x is None else f"{x:.2f}" for x in free), _small(floor)]
         return " ".join(f"{cell:>8}" for cell in cells) + ("" if self.holds else "  LEAKS")
+
+    @property
+    def visible(self) -> bool:
+        """Whether the stored dtype is fine enough to tell a constrained change of this size from any other."""
+        sides = ((self.floor_u, self.unconstrained_u), (self.floor_v, self.unconstrained_v))
+        return all(FLOOR_FACTOR * floor < free for floor, free in sides if floor is not None and free is not None)
 
     @property
     def worst(self) -> float:
@@ -162,7 +170,10 @@ class AuditReport:
         """Return the result in one sentence."""
         leaking = sum(not row.holds for row in self.rows)
         total = len(self.rows)
+        unseen = sum(not row.visible for row in self.rows)
         result = f"{leaking} of {total} weights leak" if leaking else f"the constraint holds in all {total} weights"
+        if unseen:
+            result += f", of which {unseen} changed too little for their dtype to tell"
         return f"{self.assumed}{'; ' if self.assumed else ''}{result}; worst leakage {self.worst:.1e}"
 
     def __str__(self) -> str:
@@ -243,7 +254,7 @@ def audit(
     rows = []
     for done, entry in enumerate(plan.entries, start=1):
         key = f"{entry.name}.weight"
-        rows.append(audit_weight(old.matrix(key), new.matrix(key), entry, plan._moments.get(entry.name)))
+        rows.append(audit_weight(old.matrix(key), new.matrix(key), entry, plan.moment(entry.name)))
         if progress:
             progress(entry.name, done, len(plan))
     planned = {f"{entry.name}.weight" for entry in plan.entries}

@@ -117,11 +117,11 @@ class FolderWeights(Weights):
         record = self.path / "lorica.json"
         if not self.path.is_dir() or not record.exists():
             return None
-        plan = _json(record).get("protection")
+        rows = _json(record).get("plan")
         try:
-            return None if not plan else Plan.model_validate(plan)
-        except ValidationError as error:
-            raise LoricaError(f"{record}: field 'protection' is not a plan: {error.errors()[0]['msg']}") from error
+            return Plan.from_records(rows, self.family) if rows else None
+        except (ValidationError, AttributeError, TypeError) as error:
+            raise LoricaError(f"{record}: field 'plan' is not a plan: {error}") from error
 
     def __str__(self) -> str:
         return str(self.path)

@@ -29,6 +29,31 @@ def _fold_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_post_hook(_fold_after_step)
 
 
+class Core(nn.Parameter):
+    """The parameter that trains; it counts how often its ``data`` was asked for.
+
+    What is written through ``data`` (hand-written loops, zeroth-order methods, ``vector_to_parameters``) does
+    not raise the version counter, so handing ``data`` out has to count as a write.
+    """
+
+    handed_out = 0
+
+    @property
+    def data(self) -> Tensor:
+        self.handed_out += 1
+        return super().data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self.handed_out += 1
+        nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    @staticmethod
+    def state_of(core: nn.Parameter) -> tuple[int, int, int]:
+        """Return what differs whenever the core may have been written to, or replaced, since."""
+        return id(core), core._version, getattr(core, "handed_out", 0)
+
+
 class SubspaceLayer(nn.Module):
     """What the protected forms of ``nn.Linear`` and GPT-2's ``Conv1D`` share.
 
@@ -39,8 +64,8 @@ class SubspaceLayer(nn.Module):
     with W0 the weight that came in, Q_U and Q_V orthonormal bases of the free output and input directions,
     and M, called ``core``, the only tensor that trains. ``weight`` is dense, frozen and under its own name,
     so that the forward pass costs what the plain layer's does. It is folded anew, always from W0, after
-    every step of any ``torch.optim.Optimizer`` that holds the core, and whenever the core was written to in
-    another way (``load_state_dict``, ``core.data.copy_``).
+    every step of any ``torch.optim.Optimizer`` that holds the core, and before its next use whenever the core
+    was written to in another way (``load_state_dict``, ``core.data.copy_``).
 
     Attributes:
         core: M (P x Q), float32 (float64 for float64 weights), zero at first.
@@ -54,6 +79,7 @@ class SubspaceLayer(nn.Module):
     out_basis: Basis
     in_basis: Basis
     _plain: tuple[nn.Linear | Conv1D]
+    _folded: tuple[int, ...]
     transposed = False
     """Whether the weight is stored (in, out)."""
 
@@ -62,25 +88,24 @@ class SubspaceLayer(nn.Module):
         """Return the protected form of a layer; it shares the layer's parameters and keeps it for release."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer.__dict__.update({key: value for key, value in plain.__dict__.items() if not key.startswith("_")})
-        layer.weight = plain.weight
-        layer.register_parameter("bias", plain.bias)
+        own = {"_parameters": dict(plain._parameters), "_buffers": {}, "_modules": {}}
+        layer.__dict__.update(plain.__dict__ | own)  # hooks are shared
         layer._plain = (plain,)  # in a tuple: not a submodule
         layer._install(out_basis, in_basis)
-        return layer
+        return layer.train(plain.training)
 
     def _install(self, out_basis: Basis, in_basis: Basis) -> None:
         wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         core = torch.zeros(out_basis.free, in_basis.free, dtype=wide, device=self.matrix.device)
-        self.core = nn.Parameter(core)
+        self.core = Core(core)
         self.out_basis, self.in_basis = out_basis.to(core.device), in_basis.to(core.device)
         self.register_buffer("base", self.matrix.detach().clone(), persistent=False)
-        self._folded = self.core._version
+        self._folded = Core.state_of(self.core)
         _layers.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._folded = -1  # a copied or unpickled core starts a version count of its own
+        self._folded = ()  # a copied or unpickled core starts counts of its own
         _layers.add(self)
 
     def unwrap(self) -> nn.Linear | Conv1D:
@@ -109,13 +134,12 @@ class SubspaceLayer(nn.Module):
             raise LoricaError(
                 f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after"
             )
-        if self.core.numel():
-            self.matrix.copy_(self.delta() + self.base)
-        self._folded = self.core._version
+        self.matrix.copy_(self.delta() + self.base)
+        self._folded = Core.state_of(self.core)
 
     def refresh(self) -> None:
-        """Fold if the core was written to since the last fold."""
-        if self.core._version != self._folded:
+        """Fold if the core may have been written to since the last fold."""
+        if Core.state_of(self.core) != self._folded:
             self.fold()
 
     def forward(self, x: Tensor) -> Tensor:

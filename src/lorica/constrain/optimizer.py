@@ -141,7 +141,13 @@ class ConstrainedOptimizer(Optimizer):
             parameter.copy_(constraint.retract(parameter))
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        return self.inner.step(closure)
+        return self.inner.step(None if closure is None else lambda: self._projected(closure))
+
+    def _projected(self, closure: Callable[[], float]) -> float:
+        # The closure computes new gradients after the step's hooks have run.
+        loss = closure()
+        self.project_gradients()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)

@@ -143,7 +143,8 @@ def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, *, nee
         return calibration
     if calibration != "random":
         raise LoricaError(f'calibration {calibration!r} is unknown; give batches, or "random" for random tokens')
-    return random_tokens(model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+    decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return random_tokens(model.get_input_embeddings().num_embeddings, decoder=decoder)  # type: ignore[operator]
 
 
 def _counts(
@@ -175,7 +176,7 @@ def _counts(
 
 
 def _effective(rank: float, entry: PlanEntry) -> dict[str, Any]:
-    return {"k": min(entry.limit, int(rank)), "why": f"effective rank {rank:.1f}"}
+    return {"k": min(entry.limit, int(rank + 1e-9)), "why": f"effective rank {rank:.1f}"}
 
 
 def _spectrum(name: str, weights: Mapping[str, Tensor]) -> Tensor:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer, matrix_of
-from lorica.constrain.targets import find_targets
-from lorica.errors import LoricaError
+from lorica.constrain.targets import check_targets
+from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import free_bases, protected_directions
 
@@ -40,7 +40,7 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
             untouched.
     """
     targets = fitting_targets(model, plan)
-    _named_parameters(model, plan.train_also)
+    _also_trained(model, plan)
     wrapped: dict[str, SubspaceLayer] = {}
     for done, entry in enumerate(plan.entries, start=1):
         if entry.constraint == "block":
@@ -58,7 +58,7 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
 
 def _wrapped(module: nn.Module, entry: PlanEntry, plan: Plan) -> SubspaceLayer:
     matrix = matrix_of(module).detach()
-    directions = protected_directions(matrix, entry, plan._moments.get(entry.name))
+    directions = protected_directions(matrix, entry, plan.moment(entry.name))
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     assert isinstance(module, nn.Linear | Conv1D)  # find_targets lets nothing else pass
     return WRAPPERS[type(module)].wrap(module, *free_bases(directions, wide))
@@ -66,8 +66,9 @@ def _wrapped(module: nn.Module, entry: PlanEntry, plan: Plan) -> SubspaceLayer:
 
 def freeze_all_but(model: nn.Module, plan: Plan, weights: Sequence[nn.Parameter]) -> None:
     """Freeze every parameter but these weights and what ``plan.train_also`` names; ``release`` undoes it."""
-    also = _named_parameters(model, plan.train_also)
+    also = _also_trained(model, plan)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _, trainable = getattr(model, _RECORD, (None, trainable))  # a second call must not record the first one's flags
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in (*weights, *also):
@@ -81,24 +82,29 @@ def fitting_targets(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     Raises:
         LoricaError: the model has no such module, or its weight has another shape.
     """
-    names = list(plan.names())
-    patterns = [re.escape(name) for name in names]
-    targets = find_targets(model, patterns, freeze_experts=True) if names else {}
+    modules = dict(model.named_modules())
+    missing = [name for name in plan.names() if name not in modules]
+    if missing:
+        raise LoricaError(
+            f"the plan names {missing[0]}, which the model does not have.{did_you_mean(missing[0], modules)}"
+        )
+    targets = {name: modules[name] for name in plan.names()}
+    check_targets(model, targets)
     for entry in plan.entries:
-        if entry.name not in targets:
-            raise LoricaError(f"the plan names {entry.name}, which the model does not have")
         shape = tuple(matrix_of(targets[entry.name]).shape)
         if shape != entry.shape:
             raise LoricaError(f"the plan has {entry.name} as {entry.shape}, the model as {shape}")
     return targets
 
 
-def _named_parameters(model: nn.Module, patterns: Sequence[str]) -> list[nn.Parameter]:
+def _also_trained(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
+    constrained = {f"{name}.weight" for name in plan.names()}
+    outside = {name: p for name, p in model.named_parameters() if name not in constrained}
     chosen = []
-    for pattern in patterns:
-        hits = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+    for pattern in plan.train_also:
+        hits = [p for name, p in outside.items() if re.search(pattern, name)]
         if not hits:
-            raise LoricaError(f"train_also: {pattern!r} matches no parameter of the model")
+            raise LoricaError(f"train_also: {pattern!r} matches no parameter outside the constrained weights")
         chosen += hits
     return chosen
 

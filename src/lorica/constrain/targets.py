@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer
 from lorica.errors import LoricaError, did_you_mean
@@ -37,6 +38,9 @@ FAMILIES: dict[str, str] = {
 
 ALL_LINEAR = "all-linear"
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""What a weight may be stored in."""
+
 
 def family(model: nn.Module) -> str:
     """Return the architecture, ``config.model_type``, or "unknown" for a model without one."""
@@ -60,8 +64,6 @@ def find_targets(
         LoricaError: a pattern matches nothing, or matches a layer that cannot be constrained (tied,
             quantised, of an unknown type), or the model has 3-D expert weights.
     """
-    if any(isinstance(module, SubspaceLayer) for module in model.modules()):
-        raise LoricaError("the model is already protected; call lorica.release(model) first")
     modules = dict(model.named_modules())
     if target_modules is None:
         target_modules = FAMILIES.get(family(model), ALL_LINEAR)
@@ -73,8 +75,7 @@ def find_targets(
         patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
         chosen = _match(modules, patterns)
     _refuse_experts(model, freeze_experts)
-    for name, module in chosen.items():
-        _check(model, name, module)
+    check_targets(model, chosen)
     return chosen
 
 
@@ -99,7 +100,8 @@ def _is_inner_linear(model: nn.Module, name: str, module: nn.Module) -> bool:
     getter = getattr(model, "get_output_embeddings", None)
     if callable(getter) and module is getter():
         return False
-    return type(module) in WRAPPERS and not heads & set(name.split("."))
+    # Subclasses too: what cannot be protected is refused by name, not skipped.
+    return isinstance(module, tuple(WRAPPERS)) and not heads & set(name.split("."))
 
 
 def _refuse_experts(model: nn.Module, freeze_experts: bool) -> None:
@@ -111,19 +113,31 @@ def _refuse_experts(model: nn.Module, freeze_experts: bool) -> None:
         )
 
 
-def _check(model: nn.Module, name: str, module: nn.Module) -> None:
+def check_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Raise a ``LoricaError`` that names the first of these modules that cannot be protected, and why."""
+    if any(isinstance(module, SubspaceLayer) for module in model.modules()):
+        raise LoricaError("the model is already protected; call lorica.release(model) first")
+    # By module, not by name: one module that is used in two places is no tie.
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for name, module in targets.items():
+        _check(name, module, owners)
+
+
+def _check(name: str, module: nn.Module, owners: Mapping[int, int]) -> None:
     if type(module) not in WRAPPERS:
         known = ", ".join(kind.__name__ for kind in WRAPPERS)
         raise LoricaError(
             f"{name} is a {type(module).__name__}, which cannot be protected (only {known}); load the model "
             "unquantised, or narrow target_modules"
         )
+    if "forward" in vars(module):
+        raise LoricaError(f"{name} has a replaced forward (offloading, device_map); load the model on one device")
     weight = module.get_parameter("weight")
     if weight.is_meta:
         raise LoricaError(f"{name} has no values yet (meta device); load the weights before lorica.protect")
-    if not weight.is_floating_point():
-        raise LoricaError(f"{name} holds {weight.dtype}; load the model unquantised")
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    if weight.dtype not in DTYPES or type(weight.data) is not Tensor:
+        kind = weight.dtype if weight.dtype not in DTYPES else type(weight.data).__name__
+        raise LoricaError(f"{name} holds {kind}; load the model unquantised and unsharded")
     if owners[id(weight)] > 1:
         raise LoricaError(f"{name}.weight is tied to another parameter; leave it out of target_modules")
 

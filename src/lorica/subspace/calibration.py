@@ -103,9 +103,22 @@ def _as_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def random_tokens(
-    vocabulary: int, *, sequences: int = 64, length: int = 64, batch_size: int = 16, seed: int = 0
+    vocabulary: int,
+    *,
+    sequences: int = 64,
+    length: int = 64,
+    batch_size: int = 16,
+    seed: int = 0,
+    decoder: bool = False,
 ) -> list[dict[str, Tensor]]:
-    """Return batches of uniformly random token ids: a calibration set that needs no data at all."""
+    """Return batches of uniformly random token ids: a calibration set that needs no data at all.
+
+    Args:
+        vocabulary: how many ids there are.
+        sequences, length, batch_size, seed: what is drawn, and how it is cut into batches.
+        decoder: give the same ids to the decoder of an encoder-decoder model as well.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocabulary, (sequences, length), generator=generator)
-    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in ids.split(batch_size)]
+    names = ("input_ids", "decoder_input_ids") if decoder else ("input_ids",)
+    return [dict.fromkeys(names, part) | {"attention_mask": torch.ones_like(part)} for part in ids.split(batch_size)]

@@ -38,7 +38,7 @@ def split(weight_MN: Tensor, k: int, *, method: str = "gram") -> Split:
     ``gram`` (default) takes the eigenvectors of the Gram matrix of the short side in float64 and derives
     the long side, ``U = W V / S``: about a tenth of the work of a full SVD, and exact to 1e-11 where a
     float32 SVD is exact to 2e-4. Forming the Gram matrix squares the condition number, so directions whose
-    singular value is below about 1e-7 of the largest cannot be derived that way; when ``k`` reaches that
+    singular value is below about 1e-4 of the largest cannot be derived that way; when ``k`` reaches that
     far (rank-deficient and zero matrices) the full SVD is taken instead. A random projection is no
     alternative: at these ranks it finds another subspace.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from torch import Tensor
 
 from lorica.errors import LoricaError
 
@@ -95,8 +96,16 @@ class Plan(BaseModel):
     entries: list[PlanEntry]
     train_also: list[str] = []
 
-    _moments: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _moments: dict[str, Tensor] = PrivateAttr(default_factory=dict)
     """Input second moments by name, for ``source="activation"``. Measured, so not part of the saved data."""
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        names = list(self.names())
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is planned twice")
+        return self
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -109,6 +118,21 @@ class Plan(BaseModel):
     def free(self) -> int:
         """Degrees of freedom that training keeps, over all weights."""
         return sum(entry.free for entry in self.entries)
+
+    def moment(self, name: str) -> Tensor | None:
+        """Return the measured second moment of a layer's inputs (N x N), if the plan was made with one."""
+        return self._moments.get(name)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the entries with what follows from them, as plain dictionaries for the run record."""
+        return [entry.model_dump(mode="json") | {"free": entry.free, "share": entry.share} for entry in self.entries]
+
+    @classmethod
+    def from_records(cls, records: list[dict[str, Any]], family: str = "unknown") -> Plan:
+        """Return the plan that ``records`` came from."""
+        known = PlanEntry.model_fields
+        rows = [{key: value for key, value in record.items() if key in known} for record in records]
+        return cls(family=family, entries=[PlanEntry.model_validate(row) for row in rows])
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, one line per weight so that it is easy to edit."""

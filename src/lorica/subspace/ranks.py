@@ -22,7 +22,11 @@ def energy_rank(sigma_S: Tensor, share: float) -> int:
     """Return the least k whose directions hold ``share`` of the squared spectrum.
 
     k = min { k : sum_{i <= k} s_i^2 >= share * sum_i s_i^2 }
+
+    All of it, share = 1, means every direction, also those of no energy.
     """
+    if share >= 1:
+        return len(sigma_S)
     energy = sigma_S.square().cumsum(0)
     if share <= 0 or energy[-1] == 0:
         return 0

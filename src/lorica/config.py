@@ -1,0 +1,205 @@
+"""The configuration of one update: every field with its meaning, its default and its check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lorica.errors import LoricaError
+
+MAX_CONFIG_BYTES = 1_000_000
+
+Amount = Annotated[int | float, Field(union_mode="left_to_right")]
+"""A count of directions (an int) or a share of them (a float): 1 is one direction, 1.0 is all."""
+
+
+class UpdateConfig(BaseModel):
+    """One protected update of one model, as ``lorica train`` and ``lorica.train`` take it.
+
+    Any field of transformers' ``TrainingArguments`` may stand beside these under its own name; those go
+    into ``training``.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model_name_or_path: str
+    """The model to update: a folder, or a name on the hub."""
+
+    train_file: str | None = None
+    """What to learn: .jsonl, .json, .csv, .parquet, or a folder of them."""
+
+    dataset_name: str | None = None
+    """What to learn, as the name of a data set on the hub, instead of train_file."""
+
+    output_dir: str
+    """Where the updated model and its record go. Must be new or empty, unless resume_from_checkpoint is given."""
+
+    eval_file: str | None = None
+    """Rows of the new task that are not trained on: scored before and after."""
+
+    retention_file: list[str] = []
+    """Rows of what the model can do already: scored before and after, to see what was lost. Repeatable."""
+
+    method: Literal["osft", "seqft"] = "osft"
+    """osft: train only in the free directions of each weight. seqft: plain fine-tuning of the same weights."""
+
+    unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
+    """Share of each weight's directions that may change: 0 nothing, 1 everything; 0.25 if nothing is given."""
+
+    effective_rank: Amount | None = None
+    """PEFT's name for the protected part: an int counts directions, a float is a share."""
+
+    osft_unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
+    """mini_trainer's name for unfreeze_rank_ratio."""
+
+    ranks: Literal["uniform", "importance", "energy", "effective-rank"] = "uniform"
+    """How the protected share is handed out: uniform, importance, energy or effective-rank."""
+
+    source: Literal["weight", "activation"] = "weight"
+    """What is protected: weight (top singular directions, the paper) or activation (principal inputs)."""
+
+    constraint: Literal["two-sided", "input", "output", "block"] | None = None
+    """two-sided (default for weight), input (default for activation), output or block."""
+
+    calibration_file: str | None = None
+    """Rows whose inputs calibrate importance and activation. Default: random tokens, which need no data."""
+
+    plan_file: str | None = None
+    """A saved, perhaps edited plan, instead of the options above."""
+
+    target_modules: list[str] | None = None
+    """Names or regular expressions of the weights to train. Default: all linear layers of the blocks."""
+
+    rank_pattern: dict[str, Amount] = {}
+    """PATTERN=AMOUNT: protected share (0.5) or count (64) for modules whose name ends in the pattern. Repeatable."""
+
+    train_also: list[str] = []
+    """Regular expressions of other parameters that train freely. Default: embeddings, head, norms, biases freeze."""
+
+    freeze_experts: bool = False
+    """Leave the 3-D expert weights of a mixture of experts frozen and train the rest."""
+
+    dataset_format: str | None = None
+    """Format of the rows, where detection finds two: messages, prompt_completion, text, alpaca, sharegpt, tokenized."""
+
+    dataset_text_field: str = "text"
+    """Column that holds the text in the text format."""
+
+    max_length: int = Field(default=1024, ge=2)
+    """Longest sequence, in tokens."""
+
+    truncation_policy: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to rows longer than max_length; they are counted either way."""
+
+    completion_only_loss: bool | None = None
+    """Train on the completion only. Default: yes for prompt+completion rows, no for text and messages."""
+
+    assistant_only_loss: bool = False
+    """Train on the assistant's turns only."""
+
+    skip_invalid_rows: bool = False
+    """Train on the valid rows and write the others to rejected.jsonl, instead of stopping."""
+
+    chat_template_path: str | None = None
+    """A Jinja chat template, for a tokenizer that has none."""
+
+    dtype: str = "auto"
+    """Dtype of the weights: auto (as they are saved), float32, bfloat16 or float16."""
+
+    model_revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    attn_implementation: str | None = None
+    """sdpa, flash_attention_2, eager, ..."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models you have read."""
+
+    training: dict[str, Any] = {}
+    """Fields of transformers' TrainingArguments."""
+
+    @field_validator("rank_pattern", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        pairs = [str(item).rpartition("=") for item in value]
+        if not all(pattern for pattern, _, _ in pairs):
+            raise ValueError("expected PATTERN=AMOUNT, as in mlp.down_proj=0.9")
+        return {pattern: amount for pattern, _, amount in pairs}
+
+
+def build_config(values: dict[str, Any]) -> UpdateConfig:
+    """Return the configuration that flat values stand for; what is no field of Lorica goes into ``training``.
+
+    Whether ``training`` holds only fields that exist is checked where transformers is imported.
+
+    Args:
+        values: by field name, Lorica's and TrainingArguments' mixed.
+
+    Raises:
+        LoricaError: a required field is missing or a value is unusable.
+    """
+    training = dict(values.get("training") or {})
+    training |= {key: value for key, value in values.items() if key not in UpdateConfig.model_fields}
+    own = {key: value for key, value in values.items() if key in UpdateConfig.model_fields}
+    try:
+        config = UpdateConfig.model_validate(own | {"training": training})
+    except ValidationError as error:
+        raise LoricaError(_explain(error)) from error
+    if (config.train_file is None) == (config.dataset_name is None):
+        raise LoricaError("give what to learn: --train_file FILE, or --dataset_name NAME (one of them)")
+    return config
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the flat values of a YAML file.
+
+    Raises:
+        LoricaError: not readable, not YAML, over 1 MB, or not a mapping of names to values.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise LoricaError(f"{path}: over {MAX_CONFIG_BYTES:,} bytes; that is no configuration")
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoricaError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LoricaError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise LoricaError(f"{path}: expected 'name: value' lines, got {type(values).__name__}")
+    return values
+
+
+def parse_options(arguments: list[str]) -> dict[str, str | bool]:
+    """Return ``--name value``, ``--name=value`` and bare ``--name`` (true) as a mapping.
+
+    Raises:
+        LoricaError: something that is no option, or an option given twice.
+    """
+    values: dict[str, str | bool] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise LoricaError(f"{word!r} is not an option; options are written --name value")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in values:
+            raise LoricaError(f"--{name} is given twice")
+        if not equals and rest and not rest[0].startswith("--"):
+            value, equals = rest.pop(0), "="
+        values[name] = value if equals else True
+    return values
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"--{name} is required"
+    return f"--{name}: {first['msg']}, got {first['input']!r}"

@@ -1,0 +1,61 @@
+"""Rows to a batch of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorica.data.example import IGNORED_LABEL
+from lorica.errors import LoricaError
+
+
+class Collator:
+    """Pad rows on the right into a batch of tensors.
+
+    ``attention_mask`` comes from each row's length, never from the pad id, so that EOS stays trained and attended
+    where it also pads; ``labels`` are padded with -100. All three are int64, (batch, length).
+
+    Args:
+        tokenizer: gives the pad id: its own, else EOS, else 0.
+        seq2seq: labels are sequences of their own and padded to their own length.
+        pad_to_multiple_of: lengths are rounded up to a multiple of this; None: not.
+        pad_token_id: used instead of the tokenizer's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        *,
+        seq2seq: bool = False,
+        pad_to_multiple_of: int | None = None,
+        pad_token_id: int | None = None,
+    ) -> None:
+        if pad_to_multiple_of is not None and pad_to_multiple_of < 1:
+            raise LoricaError(f"pad_to_multiple_of is {pad_to_multiple_of}; give a positive number or leave it out.")
+        choices = (
+            pad_token_id,
+            getattr(tokenizer, "pad_token_id", None),
+            getattr(tokenizer, "eos_token_id", None),
+        )
+        self.pad_token_id: int = next((choice for choice in choices if choice is not None), 0)
+        self.seq2seq = seq2seq
+        self.multiple = pad_to_multiple_of or 1
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        ids = [list(feature["input_ids"]) for feature in features]
+        labels = [list(feature["labels"]) for feature in features]
+        if not self.seq2seq and any(len(i) != len(j) for i, j in zip(ids, labels, strict=True)):
+            raise ValueError("input_ids and labels differ in length; an encoder-decoder needs seq2seq=True")
+        return {
+            "input_ids": self._pad(ids, self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(row) for row in ids], 0),
+            "labels": self._pad(labels, IGNORED_LABEL),
+        }
+
+    def _pad(self, rows: list[list[int]], value: int) -> Tensor:
+        longest = max(map(len, rows))
+        width = -(-longest // self.multiple) * self.multiple
+        return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)

@@ -1,0 +1,73 @@
+"""One row on its way from a file into training: read, refused, or not yet judged."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from typing import Any
+
+
+class RowError(Exception):
+    """Why one row cannot be used. ``kind`` is what is counted, ``detail`` what is particular to the row."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row that parsed: its columns and where it stands.
+
+    ``line`` counts from 1 as an editor does; in a parquet file or a Hub dataset it is the row's number.
+    ``raw`` holds the bytes of the file, kept for ``rejected.jsonl``; None where a row has none of its own.
+    """
+
+    path: str
+    line: int
+    value: dict[str, Any]
+    raw: bytes | None = None
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.line}"
+
+    def rejected(self, error: RowError) -> Rejected:
+        """Return the row as one that is not used; its original is the file's bytes, or else its JSON."""
+        raw = self.raw
+        if raw is None:
+            raw = json.dumps(self.value, ensure_ascii=False, default=str).encode("utf-8")
+        return Rejected.of(self.path, self.line, raw, error)
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that is not used, with the reason. ``str()`` is the line shown to the user."""
+
+    path: str
+    line: int
+    kind: str
+    detail: str
+    raw: bytes
+
+    @classmethod
+    def of(cls, path: str, line: int, raw: bytes, error: RowError) -> Rejected:
+        return cls(path, line, error.kind, error.detail, raw)
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind}: {self.detail}"
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {self.reason}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the entry of ``rejected.jsonl``; bytes that are not UTF-8 go in as ``original_base64``."""
+        entry: dict[str, Any] = {"file": self.path, "line": self.line, "reason": self.reason}
+        try:
+            entry["original"] = self.raw.decode("utf-8")
+        except UnicodeDecodeError:
+            entry["original_base64"] = base64.b64encode(self.raw).decode("ascii")
+        return entry

@@ -1,0 +1,1 @@
+"""Evaluation: the loss on given answers, and greedy generation compared with them."""

@@ -1,0 +1,70 @@
+"""OSFT: train all linear layers, only in directions that leave the protected ones alone."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorica.constrain.audit import AuditReport, audit_weight
+from lorica.constrain.linear import matrix_of
+from lorica.constrain.optimizer import ConstrainedOptimizer, WeightConstraint, block_constraints
+from lorica.constrain.planning import plan
+from lorica.constrain.protect import protect, protected_layers, release
+from lorica.methods.base import METHODS, Method, Progress, Protection
+
+
+@METHODS.register("osft")
+class OSFT(Method):
+    """Orthogonal Subspace Fine-Tuning: split each weight anew before each task and protect its top directions.
+
+    The constraints ``two-sided``, ``input`` and ``output`` are held by the model (the reduced engine),
+    ``block`` by the optimizer (the projected engine).
+
+    Source:
+        arXiv 2504.07097.
+    """
+
+    summary = "fine-tuning in the free directions of each weight (Orthogonal Subspace Fine-Tuning)"
+
+    def __init__(self, protection: Protection) -> None:
+        super().__init__(protection)
+        self._constraints: dict[nn.Parameter, WeightConstraint] | None = None
+        self._before: dict[str, Tensor] = {}
+
+    def begin_task(self, model: nn.Module, progress: Progress | None = None) -> None:
+        asked = self.protection
+        options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name != "plan"}
+        self.plan = asked.plan or plan(model, **options)
+        if any(entry.constraint == "block" for entry in self.plan.entries):
+            self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in self.plan.names()}
+            self._constraints = block_constraints(model, self.plan)
+        else:
+            protect(model, self.plan, progress=progress)
+
+    @property
+    def clips(self) -> bool:
+        return self._constraints is not None
+
+    def wrap_optimizer(self, optimizer: Optimizer, max_grad_norm: float) -> Optimizer:
+        if self._constraints is None:
+            return optimizer
+        return ConstrainedOptimizer(optimizer, self._constraints, max_grad_norm=max_grad_norm)
+
+    def audit(self, model: nn.Module) -> AuditReport:
+        assert self.plan is not None
+        layers = protected_layers(model)
+        pairs = {name: (layer.base, layer.matrix) for name, layer in layers.items()}
+        pairs |= {name: (before, matrix_of(model.get_submodule(name))) for name, before in self._before.items()}
+        return AuditReport(
+            [
+                audit_weight(*pairs[entry.name], entry, self.plan.moment(entry.name))
+                for entry in self.plan.entries
+                if entry.name in pairs
+            ]
+        )
+
+    def end_task(self, model: nn.Module) -> None:
+        release(model)
+        self._constraints, self._before = None, {}

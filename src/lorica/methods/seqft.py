@@ -1,0 +1,34 @@
+"""Sequential fine-tuning: the baseline that forgets."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lorica.constrain.planning import plan
+from lorica.constrain.protect import protect, release
+from lorica.methods.base import METHODS, Method, Progress
+
+
+@METHODS.register("seqft")
+class SeqFT(Method):
+    """Plain fine-tuning of the weights that OSFT would constrain, task after task; the rest is frozen.
+
+    It trains the same set of weights as OSFT, so that the two differ in the constraint alone; name
+    ``train_also`` to open embeddings, head and norms as well.
+    """
+
+    summary = "plain fine-tuning of the same weights, task after task (nothing protected)"
+
+    def begin_task(self, model: nn.Module, progress: Progress | None = None) -> None:
+        asked = self.protection
+        self.plan = plan(
+            model,
+            1.0,
+            target_modules=asked.target_modules,
+            train_also=asked.train_also,
+            freeze_experts=asked.freeze_experts,
+        )
+        protect(model, self.plan)
+
+    def end_task(self, model: nn.Module) -> None:
+        release(model)

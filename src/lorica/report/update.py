@@ -1,0 +1,129 @@
+"""The part of a report that shows one training run: before and after, loss, protection, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorica.report.charts import Series, line_chart
+from lorica.report.parts import (
+    Card,
+    Entry,
+    Fact,
+    Figure,
+    Part,
+    Section,
+    cost_section,
+    flattened,
+    leak_of,
+    leakage_section,
+    named,
+    plan_section,
+    rerun_section,
+)
+from lorica.report.records import LossPoint, Measured, TrainRecord
+from lorica.report.tables import MISSING, Table, duration, scientific
+
+Change = tuple[str, float | None, float | None]
+
+
+def update_part(record: TrainRecord) -> Part:
+    """Return the whole account of one update."""
+    entry = named([record])[0]
+    changes = _changes(record)
+    sections = [
+        _before_after_section(changes),
+        _loss_section(entry),
+        _data_section(record),
+        plan_section([entry]),
+        leakage_section([entry]),
+        cost_section([entry]),
+        rerun_section([entry]),
+    ]
+    title = f"{record.model or 'model'}: one update with {record.method}"
+    return Part(title, _sentence(entry, changes), [_card(entry, changes)], sections)
+
+
+def _changes(record: TrainRecord) -> list[Change]:
+    before, after = _figures(record.scores.before), _figures(record.scores.after)
+    return [(name, before.get(name), after.get(name)) for name in {**before, **after}]
+
+
+def _figures(measured: Measured) -> dict[str, float | None]:
+    figures = {f"new data: {name}": value for name, value in measured.eval.items()}
+    for name, value in measured.retention.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        figures |= {f"held out: {name} {key}".rstrip(): number for key, number in inner.items()}
+    return figures
+
+
+def _sentence(entry: Entry[TrainRecord], changes: Sequence[Change]) -> str:
+    told = [
+        f"{name.replace(': ', ', ').replace('_', ' ')} went from {_value(name, before)} to {_value(name, after)}"
+        for name, before, after in changes
+        if before is not None and after is not None and not name.endswith("rows")
+    ]
+    return f"{entry.label}: {'; '.join(told) or 'nothing was measured before and after'}."
+
+
+def _card(entry: Entry[TrainRecord], changes: Sequence[Change]) -> Card:
+    facts = [
+        Fact(name.replace("_", " "), _value(name, after), f"before: {_value(name, before)}")
+        for name, before, after in changes
+        if after is not None and not name.endswith("rows")
+    ]
+    if entry.record.leakage:
+        worst = max(map(leak_of, entry.record.leakage))
+        facts.append(Fact("largest leakage", scientific(worst), "share of any weight's change"))
+    if entry.record.cost.seconds is not None:
+        facts.append(Fact("time", duration(entry.record.cost.seconds), "training"))
+    return Card(entry, facts)
+
+
+def _before_after_section(changes: Sequence[Change]) -> Section | None:
+    if not changes:
+        return None
+    rows = [
+        [name.replace("_", " "), _value(name, before), _value(name, after), _difference(name, before, after)]
+        for name, before, after in changes
+    ]
+    intro = "The same rows, scored with the model that came in and with the one that went out."
+    return Section("Before and after", intro, table=Table(["measured", "before", "after", "change"], rows))
+
+
+def _loss_section(entry: Entry[TrainRecord]) -> Section | None:
+    curve = entry.record.loss_curve
+    if not curve:
+        return None
+    caption = f"Training loss over {curve[-1].step} steps, from {curve[0].loss:.3f} to {curve[-1].loss:.3f}."
+    series = Series("", entry.index, [(point.step, point.loss) for point in curve])
+    svg = line_chart([series], title="Training loss", description=caption, x_title="optimizer step",
+                     y_title="loss, nats per token", least=0.01)  # fmt: skip
+    rows = [
+        [str(point.step), f"{point.loss:.4f}", scientific(point.learning_rate)] for point in _thinned(curve)
+    ]
+    return Section("Training", figures=[Figure(svg, caption, Table(["step", "loss", "learning rate"], rows, 0))])
+
+
+def _data_section(record: TrainRecord) -> Section | None:
+    rows = [list(pair) for pair in flattened(record.data)]
+    return Section("The data", table=Table(["what", "value"], rows, left=2)) if rows else None
+
+
+def _thinned(curve: Sequence[LossPoint], most: int = 20) -> list[LossPoint]:
+    stride = -(-len(curve) // most)
+    return [*curve[:-1:stride], curve[-1]]
+
+
+def _value(name: str, value: float | None) -> str:
+    if value is None:
+        return MISSING
+    if name.endswith("rows"):
+        return f"{value:.0f}"
+    return f"{value:.3f}" if name.endswith("loss") else f"{value:.1f}"
+
+
+def _difference(name: str, before: float | None, after: float | None) -> str:
+    if before is None or after is None or name.endswith("rows"):
+        return MISSING
+    sign = "+" if after >= before else "-"
+    return sign + _value(name, abs(after - before))

@@ -1,0 +1,101 @@
+"""TrainingArguments from untyped values: our defaults, every option checked and none ignored."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import fields
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from lorica.config import UpdateConfig
+from lorica.errors import LoricaError, did_you_mean
+
+LEARNING_RATE_TIMES_WIDTH = 0.08
+"""The default learning rate times the model's hidden size; see ``default_learning_rate``."""
+
+DEFAULTS: dict[str, Any] = {
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",
+    # The Trainer's filter would replace a NaN loss by the running mean and go on.
+    "logging_nan_inf_filter": False,
+    # Pinned memory is for copies to a GPU; without one torch warns at every start.
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
+"""Where Lorica's default differs from transformers'."""
+
+OWN = {"output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns"}
+"""Arguments that Lorica sets itself."""
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "group_by_length": "train_sampling_strategy",
+    "gradient_checkpointing": "activation_checkpointing",
+    "no_cuda": "use_cpu",
+    "push_to_hub_token": "hub_token",
+    "warmup_ratio": "warmup_steps",
+}
+"""Names that transformers 5 has given up, and what they are called now."""
+
+
+def default_learning_rate(hidden_size: int) -> float:
+    """Return ``0.08 / hidden_size``: 2e-5 at width 4096, 1e-4 at 768, 6e-4 at 128.
+
+    Adam's best rate falls as 1 / width (Yang et al., "Tensor Programs V", 2022); the constant puts the
+    customary rates for full fine-tuning of 7 B models at their width.
+    """
+    return LEARNING_RATE_TIMES_WIDTH / hidden_size
+
+
+def known_arguments() -> dict[str, Any]:
+    """Return the fields of TrainingArguments, and of its encoder-decoder form, with their types."""
+    hints = typing.get_type_hints(Seq2SeqTrainingArguments)
+    return {f.name: hints[f.name] for f in fields(Seq2SeqTrainingArguments) if f.init and f.name not in OWN}
+
+
+def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]:
+    """Return the given values in the types of their fields.
+
+    Args:
+        given: by name; strings, as a command line has them, are converted.
+        where: the file they came from, for messages.
+
+    Raises:
+        LoricaError: an unknown or renamed field, with the nearest name, or a value of the wrong type.
+    """
+    known = known_arguments()
+    checked = {}
+    for name, value in given.items():
+        if name in RENAMED and name not in known:
+            raise LoricaError(f"{where}unknown option --{name}: transformers 5 calls it --{RENAMED[name]}")
+        if name not in known:
+            hint = did_you_mean(name, [*known, *UpdateConfig.model_fields])
+            raise LoricaError(f"{where}unknown option --{name}.{hint} See: lorica train --help")
+        try:
+            checked[name] = TypeAdapter(known[name]).validate_python(value)
+        except ValidationError as error:
+            raise LoricaError(f"{where}--{name}: {error.errors()[0]['msg']}, got {value!r}") from error
+    return checked
+
+
+def training_arguments(given: dict[str, Any], output_dir: str, *, hidden_size: int, seq2seq: bool) -> TrainingArguments:
+    """Return TrainingArguments with Lorica's defaults under the given values.
+
+    Raises:
+        LoricaError: see ``check_arguments``; or transformers refuses the combination.
+    """
+    checked = check_arguments(given)
+    kind = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
+    stray = sorted(set(checked) - {f.name for f in fields(kind)})
+    if stray:
+        raise LoricaError(f"--{stray[0]} is for encoder-decoder models; this model is none")
+    values = DEFAULTS | {"learning_rate": default_learning_rate(hidden_size)} | checked
+    try:
+        return kind(output_dir=output_dir, remove_unused_columns=False, **values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise LoricaError(f"transformers refuses these training arguments: {error}") from error

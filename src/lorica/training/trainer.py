@@ -1,0 +1,83 @@
+"""transformers' Trainer with a method's optimizer. Nothing else of the loop is ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+
+from lorica.data.collate import Collator
+from lorica.data.dataset import EncodedDataset
+from lorica.methods.base import Method
+from lorica.training.interrupt import Interrupted, SignalCatcher
+
+
+class MethodMixin:
+    """Lets a method wrap the optimizer that the Trainer builds. Put it before a Trainer class.
+
+    Args:
+        method: the method; its ``begin_task`` has been called.
+    """
+
+    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
+        self.method = method
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self: Any, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None:
+            super().create_optimizer(model)  # type: ignore[misc]
+            clip = self.args.max_grad_norm
+            self.optimizer = self.method.wrap_optimizer(self.optimizer, clip)
+            if self.method.clips:
+                self.args.max_grad_norm = 0.0
+        return self.optimizer
+
+
+class MethodTrainer(MethodMixin, Trainer):
+    """``Trainer`` with a method."""
+
+
+class MethodSeq2SeqTrainer(MethodMixin, Seq2SeqTrainer):
+    """``Seq2SeqTrainer`` with a method."""
+
+
+def fit(
+    model: Any,
+    method: Method,
+    dataset: EncodedDataset,
+    tokenizer: Any,
+    arguments: TrainingArguments,
+    *,
+    eval_dataset: EncodedDataset | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+) -> list[dict[str, float]]:
+    """Train a prepared model on a dataset and return the Trainer's log.
+
+    Args:
+        model: plain or protected; ``method.begin_task`` has been called on it.
+        arguments: transformers' TrainingArguments.
+        eval_dataset: for ``eval_strategy``.
+        resume_from_checkpoint: as in ``Trainer.train``.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
+    """
+    seq2seq = bool(model.config.is_encoder_decoder)
+    kind = MethodSeq2SeqTrainer if seq2seq else MethodTrainer
+    with SignalCatcher() as catcher:
+        trainer = kind(
+            method=method,
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            eval_dataset=eval_dataset,
+            data_collator=Collator(tokenizer, seq2seq=seq2seq),
+            processing_class=tokenizer,
+            callbacks=[catcher],
+        )
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    if catcher.signum is not None:
+        raise Interrupted(catcher.signum, f"{arguments.output_dir}/checkpoint-{trainer.state.global_step}")
+    return trainer.state.log_history

@@ -1,0 +1,232 @@
+"""Reading: every row is either read or refused at its own line, and nothing odd passes in silence."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lorica.data.jsonl import MAX_DEPTH, MAX_LINE_BYTES, json_records
+from lorica.data.reader import csv_records, open_source
+from lorica.data.record import Record
+from lorica.errors import LoricaError
+
+GOOD = b'{"text": "a"}'
+
+
+def rejected(path):
+    return [row for row in json_records(path) if not isinstance(row, Record)]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "malformed JSON: Expecting ',' delimiter at column 13"),
+        (b'  {"text" "a"}', "malformed JSON: Expecting ':' delimiter at column 11"),
+        (b'{"text": "a"} x', "malformed JSON: text after the row's end at column 14"),
+        (b'{"text": "a", "text": "b"}', "duplicate key: 'text'"),
+        (b'{"a": {"k": 1, "k": 2}}', "duplicate key: 'k'"),
+        (b'{"text": NaN}', "number not allowed: NaN is no JSON number"),
+        (b'{"text": -Infinity}', "number not allowed: -Infinity is no JSON number"),
+        (b'{"text": 1e999}', "number not allowed: 1e999 is too large"),
+        (b'{"text": "a\0b"}', "NUL byte: at byte 25"),
+        (b'{"text": "\\ud800"}', "malformed JSON: lone surrogate \\ud800 in a string"),
+        (b"[1, 2]", "wrong type: a row is a JSON object, got a list"),
+        (b"7", "wrong type: a row is a JSON object, got a number"),
+        (b'{"a": ' + b"[" * 65 + b"]" * 65 + b"}", f"nested too deeply: the limit is {MAX_DEPTH} levels"),
+        (b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", f"nested too deeply: the limit is {MAX_DEPTH} levels"),
+    ],
+)
+def test_bad_line_is_refused_with_its_reason_and_bytes(write, line, reason):
+    path = write(GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
+    rows = list(json_records(path))
+    assert [row.line for row in rows] == [1, 2, 3]
+    assert isinstance(rows[0], Record)
+    assert isinstance(rows[2], Record)
+    assert rows[1].reason == reason
+    assert str(rows[1]) == f"{path}:2: {reason}"
+    assert rows[1].raw == line
+
+
+def test_encodings_are_guessed_with_the_byte_offset(write):
+    (latin,) = rejected(write(GOOD + b"\n" + '{"text": "café"}'.encode("latin-1")))
+    assert latin.reason.startswith("invalid UTF-8: byte 27 is 0xe9; the file looks like Windows-1252")
+    wide = rejected(write('{"text": "a"}\n{"text": "b"}'.encode("utf-16"), "wide.jsonl"))
+    assert wide
+    assert all("UTF-16" in row.reason for row in wide)
+
+
+def test_mark_line_ends_blank_lines_and_missing_newline_are_accepted_and_lines_are_the_files(write):
+    path = write(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n  \n" + GOOD)
+    assert [(row.line, row.value) for row in json_records(path)] == [(1, {"text": "a"}), (4, {"text": "a"})]
+
+
+def test_line_above_the_limit_is_refused_and_the_next_one_read(write):
+    size = 10 * 10**6
+    path = write(b'{"text": "' + b"x" * (size - 12) + b'"}\n' + GOOD)
+    long, good = json_records(path)
+    assert long.reason == f"line too long: {size} bytes, the limit is {MAX_LINE_BYTES}"
+    assert (good.line, good.value) == (2, {"text": "a"})
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_array_rows_keep_the_lines_of_the_file(write, name):
+    path = write('\ufeff[\n  {"text": "a"},\r\n\n  {\n "text": "b"}, 5,\n {"text": "c", "text": "d"}\n]\n', name)
+    rows = list(json_records(path))
+    assert [row.line for row in rows] == [2, 4, 5, 6]
+    assert [row.value["text"] for row in rows[:2]] == ["a", "b"]
+    assert [row.kind for row in rows[2:]] == ["wrong type", "duplicate key"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}\n{"a": 2}]', ":1: malformed JSON: expected ',' or ']'"),
+        ('[{"a": 1},\n{"a": }]', ":2: malformed JSON: Expecting value at line 2, column 7"),
+        ('[{"a": 1},\n]', ":2: malformed JSON: Expecting value"),
+        ('[{"a": 1}', ":1: malformed JSON: expected ',' or ']'"),
+        ('[{"a": 1}]\nx', ":2: text after the end"),
+    ],
+)
+def test_broken_array_names_the_line(write, text, message):
+    path = write(text, "data.json")
+    with pytest.raises(LoricaError) as error:
+        list(json_records(path))
+    assert f"{path}{message}" in str(error.value)
+
+
+def test_json_lines_inside_json_and_empty_array(write):
+    assert len(list(json_records(write(GOOD + b"\n" + GOOD, "lines.json")))) == 2
+    assert list(json_records(write("[ \n]", "empty.json"))) == []
+
+
+texts = st.text(st.characters(codec="utf-8"))
+numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+values = st.recursive(
+    st.none() | st.booleans() | numbers | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.dictionaries(texts, values, max_size=3), min_size=1, max_size=4),
+    ascii_only=st.booleans(),
+    indent=st.sampled_from([None, 1]),
+)
+def test_lines_and_arrays_read_back_what_was_written(tmp_path, rows, ascii_only, indent):
+    lines, array = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    text = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows)
+    lines.write_bytes(text.encode())
+    array.write_bytes(json.dumps(rows, ensure_ascii=ascii_only, indent=indent).encode())
+    assert [row.value for row in json_records(lines)] == rows
+    assert [row.value for row in json_records(array)] == rows
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.lists(st.sampled_from([GOOD, b"{", b"\xff", b"\0", b'{"a":1}', b"", b" "]), max_size=6))
+def test_every_line_that_is_not_blank_is_read_or_refused(tmp_path, content):
+    path = tmp_path / "fuzz.jsonl"
+    path.write_bytes(b"\n".join(content))
+    expected = [i for i, line in enumerate(content, 1) if line.strip()]
+    assert [row.line for row in json_records(path)] == expected
+
+
+def test_csv_rows_span_lines_and_faults_have_their_line(write):
+    path = write(b'prompt,completion\r\n"a\r\nb",c\r\n\r\nd\r\n"caf\xe9",e\r\nf,"g""h"\r\n"open,x\r\n', "data.csv")
+    rows = list(csv_records(path))
+    assert [row.line for row in rows] == [2, 5, 6, 7, 8]
+    assert rows[0].value == {"prompt": "a\nb", "completion": "c"}
+    assert rows[1].reason == "malformed CSV: 1 fields, the header has 2"
+    assert rows[2].kind == "invalid UTF-8"
+    assert rows[3].value == {"prompt": "f", "completion": 'g"h'}
+    assert rows[4].kind == "malformed CSV"
+    assert rows[1].raw == b"d"
+
+
+def test_csv_takes_long_fields_and_leaves_the_process_limit_alone(write):
+    before = csv.field_size_limit()
+    path = write("text\n" + "x" * 200_000 + "\n", "data.csv")
+    assert len(next(iter(csv_records(path))).value["text"]) == 200_000
+    assert csv.field_size_limit() == before
+
+
+def test_csv_header_faults(write):
+    with pytest.raises(LoricaError, match="names column 'a' more than once"):
+        list(csv_records(write("a,a\n1,2\n", "data.csv")))
+
+
+def test_parquet_rows_and_a_broken_file(tmp_path, write):
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"text": ["a", None]}), path)
+    rows = list(open_source(path).records())
+    assert [(row.line, row.value) for row in rows] == [(1, {"text": "a"}), (2, {"text": None})]
+    with pytest.raises(LoricaError, match="not a readable parquet file"):
+        list(open_source(write(b"PAR1 no", "bad.parquet")).records())
+
+
+def test_folder_reads_its_data_files_in_order_of_name(write, tmp_path):
+    write([{"text": "b"}], "b.jsonl")
+    write([{"text": "a"}], "a.json")
+    write("nothing", "README.md")
+    source = open_source(tmp_path)
+    assert [row.value["text"] for row in source.records()] == ["a", "b"]
+    before = source.sha256()
+    write([{"text": "c"}], "b.jsonl")
+    assert source.sha256() != before
+
+
+def test_hash_is_that_of_the_bytes(write):
+    assert open_source(write(GOOD)).sha256() == hashlib.sha256(GOOD).hexdigest()
+
+
+def test_what_is_not_there_is_said_with_the_nearest_name(write, tmp_path):
+    path = write(GOOD, "train.jsonl")
+    with pytest.raises(LoricaError, match=r"no such file or folder. Did you mean .*train.jsonl"):
+        open_source(tmp_path / "trian.jsonl")
+    with pytest.raises(LoricaError, match=r"file type '\.txt' is not known"):
+        open_source(path.rename(tmp_path / "train.txt"))
+    with pytest.raises(LoricaError, match=r"holds no .* file; found: train\.txt"):
+        open_source(tmp_path)
+
+
+def test_hub_name_goes_through_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("owner/name", split="test", config_name="main")
+    assert asked == [("owner/name", "main", "test")]
+    assert [(row.where, row.value) for row in source.records()] == [
+        ("owner/name:1", {"text": "a"}),
+        ("owner/name:2", {"text": "b"}),
+    ]
+
+
+def test_hub_failure_is_one_clear_message(monkeypatch):
+    def load_dataset(*_args, **_kwargs):
+        raise ConnectionError("Couldn't reach the Hub\nlong story")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(LoricaError, match=r"owner/name: no such file .*Couldn't reach the Hub \(ConnectionError\)"):
+        open_source("owner/name")
+
+
+def test_validation_imports_no_torch(write):
+    path = write(GOOD)
+    code = f"import sys; from lorica.data import validate; validate({str(path)!r}); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
