@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= $(if $(filter demo,$(MAKECMDGOALS)),2,1)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow check bench clean
 
 demo: $(VENV)/.core
 	$(BIN)/lorica demo
@@ -25,6 +25,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/.dev
+	OMP_NUM_THREADS=2 $(BIN)/python scripts/leakage_table.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/step_time.py
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Lorica needs Python 3.11 or newer; try: make PYTHON=python3.12 ...")'

@@ -18,11 +18,14 @@ _HOMES = {
     "ConstrainedOptimizer": "lorica.constrain.optimizer",
     "LoricaError": "lorica.errors",
     "Plan": "lorica.subspace.plan",
+    "UpdateConfig": "lorica.config",
     "audit": "lorica.constrain.audit",
     "block_constraints": "lorica.constrain.optimizer",
     "plan": "lorica.constrain.planning",
     "protect": "lorica.constrain.protect",
     "release": "lorica.constrain.protect",
+    "run": "lorica.sequence",
+    "train": "lorica.update",
 }
 """Where each public name lives. They are imported on first use, so that ``lorica --help`` needs no torch."""
 

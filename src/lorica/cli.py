@@ -82,9 +82,9 @@ def _train(ctx: typer.Context, config: str | None, **given: Any) -> None:
     options = {name: value for name, value in given.items() if value is not None and value != []}
     options |= parse_options(ctx.args)
     settings = build_config(values | options)
-    from lorica.update import train
     from lorica.training.arguments import check_arguments
     from lorica.training.interrupt import Interrupted
+    from lorica.update import train
 
     check_arguments({key: value for key, value in values.items() if key in settings.training}, where=f"{config}: ")
 
@@ -132,8 +132,8 @@ def audit(
     """
     from lorica.constrain.audit import audit as run_audit
     from lorica.record import environment, write_json
-    from lorica.update import progress_bar
     from lorica.subspace.plan import Plan
+    from lorica.update import progress_bar
 
     loaded = Plan.load(plan) if plan else None
     report = run_audit(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lorica.config import UpdateConfig
+from lorica.config import UpdateConfig, build_config
 from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset, load
 from lorica.data.validate import Report, validate, write_rejected
@@ -39,22 +39,22 @@ CALIBRATION_ROWS = 256
 """How many rows of ``calibration_file`` are used at most."""
 
 
-def train(config: UpdateConfig, say: Say = print) -> dict[str, Any]:
+def train(config: UpdateConfig | Mapping[str, Any], say: Say = print) -> dict[str, Any]:
     """Update one model with one data set; this is ``lorica train``.
 
     The output folder gets a plain Hugging Face model with its tokenizer, ``lorica.json`` (the record, also
     returned), ``plan.json``, ``report.html`` and ``report.md``.
 
     Args:
-        config: see ``UpdateConfig``.
+        config: see ``UpdateConfig``; or its fields, and any of TrainingArguments', by name.
         say: takes each line of what is told along the way.
 
     Raises:
         LoricaError: anything about the input is wrong; nothing has been written then.
         Interrupted: a signal came; a checkpoint was written.
     """
-    update = Update(config, say)
-    return update.run()
+    settings = config if isinstance(config, UpdateConfig) else build_config(dict(config))
+    return Update(settings, say).run()
 
 
 class Update:

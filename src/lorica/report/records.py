@@ -72,7 +72,7 @@ class Measured(_Part):
     """One evaluation: figures by name, or by set and then name."""
 
     eval: Values = {}
-    retention: dict[str, float | None | Values] = {}
+    retention: dict[str, float | Values | None] = {}
 
 
 class BeforeAfter(_Part):

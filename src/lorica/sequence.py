@@ -1,0 +1,161 @@
+"""The story of a stream: for each method, learn task after task and score everything after each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from lorica.data.dataset import EncodedDataset, load
+from lorica.data.stream import MethodSettings, TaskStream
+from lorica.evaluation.evaluator import exact_match
+from lorica.methods import METHODS, Method, Protection
+from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, write_json
+from lorica.scores import ScoreMatrix
+from lorica.training.arguments import training_arguments
+from lorica.training.trainer import fit
+
+Say = Callable[[str], None]
+
+
+def run(
+    stream: TaskStream,
+    model_name_or_path: str,
+    output_dir: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    seed: int = 0,
+    say: Say = print,
+) -> list[dict[str, Any]]:
+    """Run methods over a stream and return their records; each is also written to ``OUT/<name>/run.json``.
+
+    Every method starts from the same model and sees the same rows in the same order for the same number of
+    steps. The score of a task is the exact match of greedy generation, in percent.
+
+    Args:
+        stream: the tasks, the held-out abilities and the settings of each method.
+        model_name_or_path: the model that every method starts from.
+        output_dir: one folder per method is made in it.
+        methods: names of the stream's settings; all of them by default.
+        seed: of the order of the rows.
+        say: takes each line of what is told along the way.
+    """
+    records = []
+    for name in methods or list(stream.methods):
+        folder = Path(output_dir) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        record = StreamRun(stream, stream.methods[name], model_name_or_path, folder, seed, say).run()
+        write_json(folder / "run.json", record)
+        records.append(record)
+    return records
+
+
+class StreamRun:
+    """One method on one stream with one seed."""
+
+    def __init__(
+        self, stream: TaskStream, settings: MethodSettings, model: str, folder: Path, seed: int, say: Say
+    ) -> None:
+        self.stream, self.settings, self.folder, self.seed, self.say = stream, settings, folder, seed, say
+        self.name = model
+        self.watch = Stopwatch()
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.model = _pretrained(model)
+        self.tests = {task.name: self._load(task.test_file) for task in stream.tasks}
+        self.abilities = {ability.name: self._load(ability.test_file) for ability in stream.held_out}
+        size = len(stream.tasks)
+        self.scores = np.full((size + 1, size), math.nan)
+        self.retention: dict[str, list[float]] = {name: [] for name in self.abilities}
+        self.steps, self.training_seconds, self.trainable = 0, 0.0, 0
+        self.leakage: list[dict[str, Any]] = []
+        self.plan: list[dict[str, Any]] = []
+
+    def run(self) -> dict[str, Any]:
+        """Learn the tasks in order and return the record."""
+        self._score(0)
+        self._tell("before", 0)
+        for stage, task in enumerate(self.stream.tasks, start=1):
+            self._learn(task.train_file)
+            self._score(stage)
+            self._tell(f"after {task.name}", stage)
+        return self._record()
+
+    def _learn(self, train_file: str) -> None:
+        method = METHODS[self.settings.method](Protection(**self.settings.protection))
+        method.begin_task(self.model)
+        arguments = training_arguments(
+            {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+            | self.stream.training
+            | {"learning_rate": self.settings.learning_rate, "seed": self.seed},
+            str(self.folder),
+            hidden_size=1,
+            seq2seq=bool(self.model.config.is_encoder_decoder),
+        )
+        *_, last = fit(self.model, method, self._load(train_file), self.tokenizer, arguments)
+        self.steps += int(last["step"])
+        self.training_seconds += last["train_runtime"]
+        self._close(method)
+
+    def _close(self, method: Method) -> None:
+        assert method.plan is not None
+        self.trainable = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        audit = method.audit(self.model)
+        self.leakage = audit.to_records() if audit else []
+        self.plan = method.plan.records() if audit else []
+        method.end_task(self.model)
+
+    def _score(self, stage: int) -> None:
+        for column, test in enumerate(self.tests.values()):
+            self.scores[stage, column] = self._exact(test)
+        for name, test in self.abilities.items():
+            self.retention[name].append(self._exact(test))
+
+    def _exact(self, test: EncodedDataset) -> float:
+        match, _ = exact_match(self.model.eval(), test, self.tokenizer, batch_size=128)
+        assert match is not None  # a stream's rows have answers
+        return match
+
+    def _load(self, file: str) -> EncodedDataset:
+        return load(self.stream.path(file), self.tokenizer, seq2seq=bool(self.model.config.is_encoder_decoder))
+
+    def _tell(self, when: str, stage: int) -> None:
+        held = [f"{name} {values[-1]:5.1f}" for name, values in self.retention.items()]
+        cells = [f"{name} {self.scores[stage, i]:5.1f}" for i, name in enumerate(self.tests)]
+        self.say(f"{self.settings.label}, {when}: " + "  ".join(held + cells) + f"   {self.watch.seconds:.0f} s")
+
+    def _record(self) -> dict[str, Any]:
+        matrix = ScoreMatrix(list(self.tests), self.scores)
+        return {
+            "schema": SCHEMA,
+            "kind": "run",
+            "stream": self.stream.name,
+            "stream_version": self.stream.version,
+            "method": self.settings.method,
+            "label": self.settings.label,
+            "seed": self.seed,
+            "model": Path(self.name).name,
+            "model_parameters": self.model.num_parameters(),
+            **matrix.to_json(),
+            "retention": self.retention,
+            "metrics": matrix.metrics(),
+            "cost": {
+                "seconds": self.watch.seconds,
+                "seconds_per_step": self.training_seconds / max(self.steps, 1),
+                "peak_rss_bytes": peak_memory(),
+                "trainable_parameters": self.trainable,
+            },
+            "learning_rate": self.settings.learning_rate,
+            "plan": self.plan,
+            "leakage": self.leakage,
+            "config": {"settings": self.settings.model_dump(mode="json"), "training": self.stream.training},
+            **environment(),
+        }
+
+
+def _pretrained(name: str) -> Any:
+    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
+    return kind.from_pretrained(name, dtype="auto", use_safetensors=True)
