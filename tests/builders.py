@@ -101,7 +101,15 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 _TINY = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": BLOCKS}
 _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 _MOE = _TINY | _HEADS | {"num_experts_per_tok": 2}
-_T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_heads": 4, "num_layers": BLOCKS, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_heads": 4,
+    "num_layers": BLOCKS,
+    "decoder_start_token_id": 0,
+}
 _BERT = _TINY | {"num_attention_heads": 4, "max_position_embeddings": 32}
 
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {

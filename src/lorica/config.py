@@ -64,6 +64,12 @@ class UpdateConfig(BaseModel):
     constraint: Literal["two-sided", "input", "output", "block"] | None = None
     """two-sided (default for weight), input (default for activation), output or block."""
 
+    mrr: float | None = None
+    """Minimum retention ratio of the importance ranks; 0.1 if nothing is given."""
+
+    trr: float | None = None
+    """Target retention ratio of the importance ranks; 0.8 if nothing is given."""
+
     calibration_file: str | None = None
     """Rows whose inputs calibrate importance and activation. Default: random tokens, which need no data."""
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import ARCHITECTURES, BLOCKS, DENSE, EXPERTS, batch, leakage, tiny, train, trainable
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
@@ -20,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 import lorica
 from lorica.constrain.audit import audit
 from lorica.errors import LoricaError
+from tests.builders import ARCHITECTURES, BLOCKS, DENSE, EXPERTS, batch, leakage, tiny, train, trainable
 
 PER_BLOCK = {"phi3": 4, "gpt2": 4, "opt": 6, "bert": 6, "bert-classifier": 6, "mixtral": 4, "qwen3-moe": 4}
 """Linear layers in one block; 7 (four of attention, three of a gated MLP) where nothing is said."""
@@ -112,7 +112,9 @@ def test_tied_embeddings_stay_tied_and_frozen(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_are_refused_by_name_unless_frozen(name: str) -> None:
     model = tiny(name)
-    with pytest.raises(LoricaError, match=r"mlp\.experts\.\w+ and \d+ more are stacks of expert weights.*freeze_experts"):
+    with pytest.raises(
+        LoricaError, match=r"mlp\.experts\.\w+ and \d+ more are stacks of expert weights.*freeze_experts"
+    ):
         lorica.plan(model)
     lorica.protect(model, lorica.plan(model, freeze_experts=True))
     frozen = [n for n, p in model.named_parameters() if p.dim() == 3 or "gate.weight" in n]

@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import SHAPES, leakage, matrix
 from hypothesis import given
 from hypothesis import strategies as st
-from reference.factored import FactoredLinear
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from lorica.constrain.linear import SubspaceLinear
 from lorica.subspace.basis import free_basis
 from lorica.subspace.linalg import split
+from tests.builders import SHAPES, leakage, matrix
+from tests.reference.factored import FactoredLinear
 
 SHAPED = [pytest.param(*SHAPES[name], id=name) for name in ("wide", "tall", "square", "odd")]
 
@@ -56,7 +56,9 @@ def test_the_same_split_and_the_same_function_at_the_start(m: int, n: int) -> No
     torch.testing.assert_close(factored(x), ours(x))
 
 
-@given(st.sampled_from([SHAPES[name] for name in ("wide", "tall", "square", "odd")]), st.integers(1, 5), st.integers(0, 99))
+@given(
+    st.sampled_from([SHAPES[name] for name in ("wide", "tall", "square", "odd")]), st.integers(1, 5), st.integers(0, 99)
+)
 def test_every_update_of_ours_is_one_of_the_factored_form(shape: tuple[int, int], k: int, seed: int) -> None:
     factored, ours = both(*shape, k)
     q_u, q_v = bases_of(ours)

@@ -34,8 +34,8 @@ def plan(
     freeze_experts: bool = False,
     effective_rank: float | int | None = None,
     osft_unfreeze_rank_ratio: float | None = None,
-    mrr: float = 0.1,
-    trr: float = 0.8,
+    mrr: float | None = None,
+    trr: float | None = None,
 ) -> Plan:
     """Decide what is protected in which weight; nothing is changed yet.
 
@@ -50,7 +50,7 @@ def plan(
     Args:
         model: a Hugging Face model, or any ``nn.Module`` with linear layers.
         unfreeze_rank_ratio: share of the directions that stays trainable, 0 (nothing moves) to 1 (plain
-            training); 0.25 by default.
+            training); 0.25 by default. For ``uniform`` and ``energy``.
         ranks: one of ``lorica.subspace.ranks.RANKS``.
         source: ``weight`` (top singular directions of W, the paper) or ``activation`` (principal directions
             of the layer's inputs over the calibration batches).
@@ -66,20 +66,28 @@ def plan(
         freeze_experts: for mixtures of experts: freeze the experts' 3-D weights and go on.
         effective_rank: PEFT's name for the protected part: an int counts directions, a float is a share.
         osft_unfreeze_rank_ratio: mini_trainer's name for ``unfreeze_rank_ratio``.
-        mrr, trr: minimum and target retention ratio of ``importance``.
+        mrr, trr: minimum and target retention ratio of ``importance``, 0 to 1; 0.1 and 0.8 by default.
 
     Returns:
         A plan: print it, save it, edit it, give it to ``protect``.
 
     Raises:
-        LoricaError: an unknown name, a value out of range, a pattern that matches nothing, a weight that
-            cannot be constrained.
+        LoricaError: an unknown name, a value out of range, a value that the policy does not use, a pattern
+            that matches nothing, a weight that cannot be constrained.
     """
-    protected = _protected_amount(unfreeze_rank_ratio, osft_unfreeze_rank_ratio, effective_rank)
     constraint = constraint or ("input" if source == "activation" else "two-sided")
     _check_choices(ranks=ranks, source=source, constraint=constraint)
+    amounts: dict[str, float | int | None] = {
+        "unfreeze_rank_ratio": unfreeze_rank_ratio,
+        "osft_unfreeze_rank_ratio": osft_unfreeze_rank_ratio,
+        "effective_rank": effective_rank,
+    }
+    _check_used(ranks, amounts | {"mrr": mrr, "trr": trr})
+    protected = _protected_amount(amounts)
     targets = find_targets(model, target_modules, freeze_experts=freeze_experts)
     observed: dict[str, InputStatistics] = {}
+    if source != "activation" and ranks != "importance" and calibration not in (None, "random"):
+        raise LoricaError(f"calibration has no effect with source {source!r} and ranks {ranks!r}; leave it out")
     if ranks == "importance" or source == "activation":
         batches = _batches(model, calibration, needed_by=source if source == "activation" else ranks)
         observed = observe(model, targets, batches, moments=source == "activation")
@@ -88,7 +96,8 @@ def plan(
         PlanEntry(name=name, shape=(w.shape[0], w.shape[1]), k=0, source=source, constraint=constraint)
         for name, w in weights.items()
     ]
-    counts = _counts(ranks, protected, entries, weights, observed, mrr, trr)
+    retention = (0.1 if mrr is None else mrr, 0.8 if trr is None else trr)
+    counts = _counts(ranks, protected, weights, observed, retention)
     entries = [entry.model_copy(update=counts(entry)) for entry in entries]
     result = Plan(
         family=family(model),
@@ -99,15 +108,25 @@ def plan(
     return result
 
 
-def _protected_amount(ratio: float | None, synonym: float | None, effective: float | int | None) -> float | int:
-    given = {"unfreeze_rank_ratio": ratio, "osft_unfreeze_rank_ratio": synonym, "effective_rank": effective}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) > 1:
-        raise LoricaError(f"{' and '.join(names)} say the same thing; give one of them")
-    if effective is not None:
-        return _amount("effective_rank", effective)
-    name = names[0] if names else "unfreeze_rank_ratio"
-    value = ratio if ratio is not None else synonym if synonym is not None else UNFREEZE_RANK_RATIO
+def _check_used(ranks: str, values: Mapping[str, float | int | None]) -> None:
+    used = {"uniform": values.keys() - {"mrr", "trr"}, "energy": values.keys() - {"mrr", "trr"}}
+    used |= {"importance": {"mrr", "trr"}, "effective-rank": set()}
+    for name, value in values.items():
+        if value is not None and name not in used[ranks]:
+            fitting = [policy for policy, names in used.items() if name in names]
+            raise LoricaError(f"{name} has no effect with ranks {ranks!r}; it is for {' and '.join(fitting)}")
+        if name in ("mrr", "trr") and value is not None and not 0 <= value <= 1:
+            raise LoricaError(f"{name} = {value} is out of range: a share from 0 to 1")
+
+
+def _protected_amount(amounts: Mapping[str, float | int | None]) -> float | int:
+    """Turn the one amount that is given, if any, into the protected share (float) or count (int)."""
+    given = {name: value for name, value in amounts.items() if value is not None}
+    if len(given) > 1:
+        raise LoricaError(f"{' and '.join(given)} say the same thing; give one of them")
+    name, value = next(iter(given.items()), ("unfreeze_rank_ratio", UNFREEZE_RANK_RATIO))
+    if name == "effective_rank":
+        return _amount(name, value)
     if not 0 <= value <= 1:
         raise LoricaError(f"{name} = {value} is out of range: 0 (nothing moves) to 1 (plain training)")
     return 1.0 - value
@@ -150,15 +169,13 @@ def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, *, nee
 def _counts(
     ranks: str,
     protected: float | int,
-    entries: Sequence[PlanEntry],
     weights: Mapping[str, Tensor],
     observed: Mapping[str, InputStatistics],
-    mrr: float,
-    trr: float,
+    retention: tuple[float, float],
 ) -> Callable[[PlanEntry], dict[str, Any]]:
     """Return what a policy says of one entry: its k, and why."""
     if ranks == "importance":
-        shares = policies.importance_shares({n: one.similarity for n, one in observed.items()}, mrr, trr)
+        shares = policies.importance_shares({n: one.similarity for n, one in observed.items()}, *retention)
         return lambda e: {
             "k": policies.share_to_count(shares[e.name], e.limit),
             "why": f"importance: cosine {observed[e.name].similarity:.3f}, share {shares[e.name]:.3f}",

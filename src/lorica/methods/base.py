@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from torch import nn
@@ -32,7 +32,15 @@ class Protection:
     rank_pattern: Mapping[str, float | int] = field(default_factory=dict)
     train_also: Sequence[str] = ()
     freeze_experts: bool = False
+    mrr: float | None = None
+    trr: float | None = None
     plan: Plan | None = None
+
+    def given(self) -> set[str]:
+        """Return the names of the fields that differ from their defaults."""
+        defaults = Protection()
+        pairs = {f.name: (getattr(self, f.name), getattr(defaults, f.name)) for f in fields(self)}
+        return {name for name, (mine, theirs) in pairs.items() if mine != theirs and [mine, theirs] != [[], ()]}
 
 
 class Method:

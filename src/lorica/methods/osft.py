@@ -12,6 +12,7 @@ from lorica.constrain.linear import matrix_of
 from lorica.constrain.optimizer import ConstrainedOptimizer, WeightConstraint, block_constraints
 from lorica.constrain.planning import plan
 from lorica.constrain.protect import protect, protected_layers, release
+from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress, Protection
 
 
@@ -30,6 +31,9 @@ class OSFT(Method):
 
     def __init__(self, protection: Protection) -> None:
         super().__init__(protection)
+        beside = sorted(protection.given() - {"plan"})
+        if protection.plan is not None and beside:
+            raise LoricaError(f"{beside[0]} has no effect beside a plan: say it in the plan")
         self._constraints: dict[nn.Parameter, WeightConstraint] | None = None
         self._before: dict[str, Tensor] = {}
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from lorica.constrain.planning import plan
 from lorica.constrain.protect import protect, release
-from lorica.methods.base import METHODS, Method, Progress
+from lorica.errors import LoricaError
+from lorica.methods.base import METHODS, Method, Progress, Protection
 
 
 @METHODS.register("seqft")
@@ -18,6 +19,12 @@ class SeqFT(Method):
     """
 
     summary = "plain fine-tuning of the same weights, task after task (nothing protected)"
+
+    def __init__(self, protection: Protection) -> None:
+        super().__init__(protection)
+        unused = sorted(protection.given() - {"target_modules", "train_also", "freeze_experts"})
+        if unused:
+            raise LoricaError(f"{unused[0]} has no effect with method 'seqft', which protects nothing")
 
     def begin_task(self, model: nn.Module, progress: Progress | None = None) -> None:
         asked = self.protection

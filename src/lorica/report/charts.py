@@ -65,9 +65,7 @@ def line_chart(
     return canvas(WIDTH, height, title, description, parts)
 
 
-def scatter(
-    series: Sequence[Series], *, title: str, description: str, x_title: str, y_title: str
-) -> Markup:
+def scatter(series: Sequence[Series], *, title: str, description: str, x_title: str, y_title: str) -> Markup:
     """Return one named point per method, and the front: the methods that none beats on both axes."""
     known = [(one, one.measured()[0]) for one in series if one.measured()]
     height = 340
@@ -189,9 +187,9 @@ def plan_grid(plan: Sequence[PlanEntry]) -> tuple[dict[str, dict[str, list[PlanE
     kinds = list(dict.fromkeys(kind for cells in layers.values() for kind in cells))
     last = [kind.split(".")[-1] for kind in kinds]
     short = {kind: end if last.count(end) == 1 else kind for kind, end in zip(kinds, last, strict=True)}
-    return {
-        layer: {short[kind]: entries for kind, entries in cells.items()} for layer, cells in layers.items()
-    }, list(short.values())
+    return {layer: {short[kind]: entries for kind, entries in cells.items()} for layer, cells in layers.items()}, list(
+        short.values()
+    )
 
 
 def _bar(x: float, y: float, width: float, entries: Sequence[PlanEntry], index: int) -> Markup:

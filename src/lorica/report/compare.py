@@ -91,9 +91,7 @@ def _retention_figures(entries: Sequence[Run]) -> list[Figure]:
 
 def _retention_figure(entries: Sequence[Run], ability: str) -> Figure | None:
     curves = {entry.label: {ability: entry.record.retention.get(ability, [])} for entry in entries}
-    series = [
-        Series(entry.name, entry.index, list(enumerate(curves[entry.label][ability]))) for entry in entries
-    ]
+    series = [Series(entry.name, entry.index, list(enumerate(curves[entry.label][ability]))) for entry in entries]
     start = next((line.points[0][1] for line in series if line.points), None)
     if not any(line.measured() for line in series):
         return None
@@ -113,9 +111,7 @@ def _learning_figure(entries: Sequence[Run]) -> Figure:
         for entry, diagonal in zip(entries, diagonals, strict=True)
     ]
     caption = "Learned: the score on each new task right after learning it. Higher is better."
-    rows = [
-        [entry.label, *map(percent, diagonal)] for entry, diagonal in zip(entries, diagonals, strict=True)
-    ]
+    rows = [[entry.label, *map(percent, diagonal)] for entry, diagonal in zip(entries, diagonals, strict=True)]
     table = Table(["right after learning", *map(str, range(1, len(diagonals[0]) + 1))], rows)
     svg = line_chart(
         series, title="Learning", description=caption, y_title="new task, %",
@@ -130,8 +126,7 @@ def _matrix_figure(entry: Run) -> Figure:
              ("backward transfer", points(matrix.backward_transfer))]  # fmt: skip
     caption = ", ".join(f"{name} {value}" for name, value in facts if value != MISSING)
     rows = [
-        [stage, *(percent(float(x)) for x in row)]
-        for stage, row in zip(matrix.stages(), matrix.scores, strict=True)
+        [stage, *(percent(float(x)) for x in row)] for stage, row in zip(matrix.stages(), matrix.scores, strict=True)
     ]
     table = Table(["after", *(f"{j} {task}" for j, task in enumerate(matrix.tasks, 1))], rows)
     svg = heat_map(matrix, title=f"{entry.label}: score matrix", description=caption)

@@ -82,8 +82,7 @@ def named(records: Sequence[AnyRecord]) -> list[Entry[AnyRecord]]:
     labels = _distinct([record.title for record in records], records)
     methods = Counter(record.method for record in records)
     names = [
-        record.method if methods[record.method] == 1 else label
-        for record, label in zip(records, labels, strict=True)
+        record.method if methods[record.method] == 1 else label for record, label in zip(records, labels, strict=True)
     ]
     return [Entry(*item, index) for index, item in enumerate(zip(records, labels, names, strict=True))]
 

@@ -72,9 +72,7 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     @classmethod
-    def nice(
-        cls, values: Sequence[float], start: float, end: float, *, least: float = 1, whole: bool = False
-    ) -> Scale:
+    def nice(cls, values: Sequence[float], start: float, end: float, *, least: float = 1, whole: bool = False) -> Scale:
         """Return a scale that ends on ticks of 1, 2 or 5 times a power of ten.
 
         Args:

@@ -14,9 +14,7 @@ SIGNED = ("backward_transfer", "forward_transfer")
 _GAP = "  "
 
 
-def side_by_side(
-    matrices: Mapping[str, ScoreMatrix], retention: Retention | None = None, *, width: int = 100
-) -> str:
+def side_by_side(matrices: Mapping[str, ScoreMatrix], retention: Retention | None = None, *, width: int = 100) -> str:
     """Return the score matrices of several methods next to each other.
 
     Columns are tasks, rows the stages of training; ``*`` marks the score right after learning a task.

@@ -98,9 +98,7 @@ def _loss_section(entry: Entry[TrainRecord]) -> Section | None:
     series = Series("", entry.index, [(point.step, point.loss) for point in curve])
     svg = line_chart([series], title="Training loss", description=caption, x_title="optimizer step",
                      y_title="loss, nats per token", least=0.01)  # fmt: skip
-    rows = [
-        [str(point.step), f"{point.loss:.4f}", scientific(point.learning_rate)] for point in _thinned(curve)
-    ]
+    rows = [[str(point.step), f"{point.loss:.4f}", scientific(point.learning_rate)] for point in _thinned(curve)]
     return Section("Training", figures=[Figure(svg, caption, Table(["step", "loss", "learning rate"], rows, 0))])
 
 

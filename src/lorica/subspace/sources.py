@@ -34,7 +34,10 @@ def protected_directions(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor 
     """
     if entry.source == "activation":
         if moment_NN is None:
-            raise LoricaError(f"{entry.name}: source 'activation' needs calibration inputs; give calibration=")
+            raise LoricaError(
+                f"{entry.name}: source 'activation' needs calibration inputs, which a saved plan does not hold; "
+                "make the plan anew with lorica.plan(calibration=...)"
+            )
         _, vectors = torch.linalg.eigh(moment_NN.double())
         v_NB = vectors.flip(1)[:, : entry.k].contiguous().to(weight_MN.device)
         return Protected(v_NB.new_zeros(weight_MN.shape[0], 0), v_NB)

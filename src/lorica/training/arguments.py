@@ -24,6 +24,8 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     # The Trainer's filter would replace a NaN loss by the running mean and go on.
     "logging_nan_inf_filter": False,
+    # DDP would send W0 and every basis again at each forward pass; they are the same everywhere.
+    "ddp_broadcast_buffers": False,
     # Pinned memory is for copies to a GPU; without one torch warns at every start.
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
