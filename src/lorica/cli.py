@@ -108,7 +108,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the order of the training rows.")] = 0,
 ) -> None:
     """Teach a small model new tasks with and without protection, offline, and show what each forgot."""
-    from lorica.benchmarks.demo import run_demo
+    from lorica.demo import run_demo
 
     run_demo(output_dir, seed=seed)
 

@@ -45,13 +45,29 @@ def run(
         say: takes each line of what is told along the way.
     """
     records = []
-    for name in methods or list(stream.methods):
+    names = list(methods or stream.methods)
+    clock = Clock(stages=len(names) * (len(stream.tasks) + 1))
+    for name in names:
         folder = Path(output_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
-        record = StreamRun(stream, stream.methods[name], model_name_or_path, folder, seed, say).run()
+        tell: Say = lambda line: say(f"{line}   {clock.tick()}")  # noqa: E731
+        record = StreamRun(stream, stream.methods[name], model_name_or_path, folder, seed, tell).run()
         write_json(folder / "run.json", record)
         records.append(record)
     return records
+
+
+class Clock:
+    """How far a run of equal stages is, and about how long it will still take."""
+
+    def __init__(self, stages: int) -> None:
+        self.stages, self.done, self.watch = stages, 0, Stopwatch()
+
+    def tick(self) -> str:
+        """Count one stage as done and say how much time is left."""
+        self.done += 1
+        left = self.watch.seconds / self.done * (self.stages - self.done)
+        return f"[{self.done}/{self.stages}, about {left:.0f} s left]" if self.done < self.stages else "[done]"
 
 
 class StreamRun:
@@ -125,7 +141,7 @@ class StreamRun:
     def _tell(self, when: str, stage: int) -> None:
         held = [f"{name} {values[-1]:5.1f}" for name, values in self.retention.items()]
         cells = [f"{name} {self.scores[stage, i]:5.1f}" for i, name in enumerate(self.tests)]
-        self.say(f"{self.settings.label}, {when}: " + "  ".join(held + cells) + f"   {self.watch.seconds:.0f} s")
+        self.say(f"{self.settings.label}, {when}: " + "  ".join(held + cells))
 
     def _record(self) -> dict[str, Any]:
         matrix = ScoreMatrix(list(self.tests), self.scores)
