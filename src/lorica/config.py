@@ -70,8 +70,12 @@ class UpdateConfig(BaseModel):
     trr: float | None = None
     """Target retention ratio of the importance ranks; 0.8 if nothing is given."""
 
+    calibration: Literal["self", "random"] | None = None
+    """What calibrates importance and activation: text the model writes by itself (self; the default for causal
+    models) or random tokens (random; for encoder-decoders). Neither needs data."""
+
     calibration_file: str | None = None
-    """Rows whose inputs calibrate importance and activation. Default: random tokens, which need no data."""
+    """Rows whose inputs calibrate importance and activation, instead of calibration."""
 
     plan_file: str | None = None
     """A saved, perhaps edited plan, instead of the options above."""

@@ -147,9 +147,13 @@ class Update:
         return Protection(**given, calibration=self._calibration(), plan=self.plan)
 
     def _calibration(self) -> Any:
-        if self.config.calibration_file is None:
-            return "random"
-        data = self._load(self.config.calibration_file)
+        config = self.config
+        if config.calibration_file is None:
+            needed = config.source == "activation" or config.ranks == "importance"
+            return config.calibration or (("random" if self.seq2seq else "self") if needed else None)
+        if config.calibration is not None:
+            raise LoricaError("--calibration and --calibration_file say the same thing; give one of them")
+        data = self._load(config.calibration_file)
         collate = Collator(self.tokenizer, seq2seq=self.seq2seq)
         rows = [data[index] for index in range(min(len(data), CALIBRATION_ROWS))]
         batches: list[Batch] = [collate(rows[start : start + 8]) for start in range(0, len(rows), 8)]

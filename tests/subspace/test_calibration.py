@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import lorica
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import observe, random_tokens
+from lorica.subspace.calibration import observe, own_text, random_tokens
 from lorica.subspace.plan import PlanEntry
 from lorica.subspace.sources import protected_directions
 from tests.builders import batch, matrix, tiny
@@ -98,3 +98,49 @@ def test_random_tokens_calibrate_any_family(name: str) -> None:
     plan = lorica.plan(model, source="activation", calibration="random", unfreeze_rank_ratio=0.5)
     assert {entry.constraint for entry in plan.entries} == {"input"}
     lorica.protect(model, plan)
+
+
+def test_own_text_is_what_the_model_would_write_up_to_its_end() -> None:
+    model = tiny("llama").train()
+    model.generation_config.eos_token_id = 5
+    with torch.no_grad():
+        model.lm_head.weight[5] = 0.0  # EOS is likely enough to be met
+    state = torch.get_rng_state()
+    batches = own_text(model, sequences=40, length=12, batch_size=16)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert [len(batch["input_ids"]) for batch in batches] == [16, 16, 8]
+    again = own_text(model, sequences=40, length=12, batch_size=16)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
+    ended = 0
+    for part in batches:
+        for ids, mask in zip(part["input_ids"].tolist(), part["attention_mask"].tolist(), strict=True):
+            end = ids.index(5, 1) if 5 in ids[1:] else len(ids) - 1
+            ended += 5 in ids[1:]
+            assert mask == [1] * (end + 1) + [0] * (len(ids) - end - 1)
+    assert ended > 0
+
+
+def test_own_text_follows_the_model() -> None:
+    """A model that can only write one token writes it."""
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # every logit is 0 ...
+        model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -1e4))
+        model.lm_head.bias[7] = 1e4  # ... but for this one
+    (batch,) = own_text(model, sequences=4, length=6, batch_size=4)
+    assert (batch["input_ids"][:, 1:] == 7).all()
+
+
+def test_own_text_of_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(LoricaError, match='calibration "self" is for causal models'):
+        own_text(tiny("t5"))
+
+
+def test_plan_takes_own_text() -> None:
+    model = tiny("llama")
+    plan = lorica.plan(model, source="activation", calibration="self")
+    for entry in plan.entries:
+        moment = plan.moment(entry.name)
+        assert moment is not None
+        assert torch.linalg.eigvalsh(moment).min() > -1e-8 * moment.diagonal().max()

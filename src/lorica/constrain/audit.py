@@ -251,6 +251,7 @@ def audit(
         first, second = next(iter(old.keys())), next(iter(new.keys()))
         raise LoricaError(f"{old} and {new} have no tensor in common: {first} against {second}")
     plan, assumed = _plan_for(plan, old, new, unfreeze_rank_ratio)
+    _check_directions_are_known(plan, new)
     rows = []
     for done, entry in enumerate(plan.entries, start=1):
         key = f"{entry.name}.weight"
@@ -260,6 +261,16 @@ def audit(
     planned = {f"{entry.name}.weight" for entry in plan.entries}
     elsewhere = dict(_changes(old, new, [key for key in common if key not in planned]))
     return AuditReport(rows, elsewhere, assumed)
+
+
+def _check_directions_are_known(plan: Plan, new: Weights) -> None:
+    measured = [e.name for e in plan.entries if e.source == "activation" and plan.moment(e.name) is None]
+    if measured:
+        raise LoricaError(
+            f"{new}: the plan protects input directions that were measured while training ({measured[0]} and "
+            f"{len(measured) - 1} more) and are not in the weights; the audit made then is in lorica.json under "
+            "'leakage'. To audit the weights' own top directions instead, give unfreeze_rank_ratio"
+        )
 
 
 def _changes(old: Weights, new: Weights, keys: list[str]) -> Iterator[tuple[str, float]]:

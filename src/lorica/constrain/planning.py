@@ -12,7 +12,7 @@ from lorica.constrain.linear import matrix_of
 from lorica.constrain.targets import family, find_targets
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace import ranks as policies
-from lorica.subspace.calibration import Batch, InputStatistics, observe, random_tokens
+from lorica.subspace.calibration import Batch, InputStatistics, observe, own_text, random_tokens
 from lorica.subspace.linalg import singular_values
 from lorica.subspace.plan import Constraint, Plan, PlanEntry, Source
 
@@ -56,8 +56,8 @@ def plan(
             of the layer's inputs over the calibration batches).
         constraint: ``two-sided`` (default for ``weight``), ``input`` (default for ``activation``),
             ``output`` or ``block``.
-        calibration: batches as the model takes them, or "random" for random tokens; needed by
-            ``importance`` and ``activation``.
+        calibration: batches as the model takes them; "self", text that the model writes by itself (causal
+            models); or "random", random tokens. The last two need no data. For ``importance`` and ``activation``.
         target_modules: see ``find_targets``; default: all linear layers of the blocks.
         rank_pattern: protected share (float, 0 to 1) or count (int) for modules whose name ends in the
             given regular expression, over whatever ``ranks`` says.
@@ -86,7 +86,7 @@ def plan(
     protected = _protected_amount(amounts)
     targets = find_targets(model, target_modules, freeze_experts=freeze_experts)
     observed: dict[str, InputStatistics] = {}
-    if source != "activation" and ranks != "importance" and calibration not in (None, "random"):
+    if source != "activation" and ranks != "importance" and calibration is not None:
         raise LoricaError(f"calibration has no effect with source {source!r} and ranks {ranks!r}; leave it out")
     if ranks == "importance" or source == "activation":
         batches = _batches(model, calibration, needed_by=source if source == "activation" else ranks)
@@ -157,11 +157,13 @@ def _check_choices(*, ranks: str, source: str, constraint: str) -> None:
 
 def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, *, needed_by: str) -> Iterable[Batch]:
     if calibration is None:
-        raise LoricaError(f'{needed_by!r} needs calibration inputs; give calibration= (batches, or "random")')
+        raise LoricaError(f'{needed_by!r} needs calibration inputs; give calibration= (batches, "self" or "random")')
     if not isinstance(calibration, str):
         return calibration
+    if calibration == "self":
+        return own_text(model)
     if calibration != "random":
-        raise LoricaError(f'calibration {calibration!r} is unknown; give batches, or "random" for random tokens')
+        raise LoricaError(f"calibration {calibration!r} is unknown; known: 'self', 'random', or give batches")
     decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     return random_tokens(model.get_input_embeddings().num_embeddings, decoder=decoder)  # type: ignore[operator]
 

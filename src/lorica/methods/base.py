@@ -27,7 +27,7 @@ class Protection:
     ranks: str = "uniform"
     source: Source = "weight"
     constraint: Constraint | None = None
-    calibration: Iterable[Batch] | Literal["random"] = "random"
+    calibration: Iterable[Batch] | Literal["self", "random"] | None = None
     target_modules: Sequence[str] | None = None
     rank_pattern: Mapping[str, float | int] = field(default_factory=dict)
     train_also: Sequence[str] = ()

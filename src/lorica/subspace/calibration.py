@@ -122,3 +122,55 @@ def random_tokens(
     ids = torch.randint(vocabulary, (sequences, length), generator=generator)
     names = ("input_ids", "decoder_input_ids") if decoder else ("input_ids",)
     return [dict.fromkeys(names, part) | {"attention_mask": torch.ones_like(part)} for part in ids.split(batch_size)]
+
+
+@torch.no_grad()
+def own_text(
+    model: nn.Module, *, sequences: int = 512, length: int = 64, batch_size: int = 64, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Return batches of text that a causal model writes by itself: what it has learned, without any data.
+
+    Each sequence begins with BOS (EOS for a model without one) and is sampled from the model's own distribution,
+    temperature 1, nothing cut off. What follows the end of a text is masked. The random state of the process and
+    the model's mode are as before.
+
+    Args:
+        model: a causal model that can generate.
+        sequences, length, batch_size, seed: how many are sampled, how long at most, how many at a time.
+
+    Raises:
+        LoricaError: the model is an encoder-decoder, or has neither BOS nor EOS to begin with.
+    """
+    config: Any = model.config
+    if config.is_encoder_decoder:
+        raise LoricaError('calibration "self" is for causal models; give batches, or "random" for random tokens')
+    end = _first(getattr(model, "generation_config", config).eos_token_id)
+    start = config.bos_token_id if config.bos_token_id is not None else end
+    if start is None:
+        raise LoricaError('calibration "self" needs a model with a bos_token_id or eos_token_id to begin at')
+    length = min(length, getattr(config, "max_position_embeddings", None) or length)
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    batches = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for done in range(0, sequences, batch_size):
+            first = torch.full((min(batch_size, sequences - done), 1), start, device=device)
+            ids = model.generate(  # type: ignore[operator]
+                first, attention_mask=torch.ones_like(first), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=length - 1, pad_token_id=end if end is not None else start, use_cache=True,
+            )  # fmt: skip
+            batches.append({"input_ids": ids, "attention_mask": _until_end(ids, end)})
+    model.train(training)
+    return batches
+
+
+def _until_end(ids: Tensor, end: int | None) -> Tensor:
+    """Return 1 up to and including the first ``end`` that a sequence wrote, 0 after it."""
+    ended = (ids == end).long() if end is not None else torch.zeros_like(ids)
+    ended[:, 0] = 0  # a text may begin with EOS
+    return (ended.cumsum(1) - ended == 0).long()
+
+
+def _first(token: int | list[int] | None) -> int | None:
+    return token[0] if isinstance(token, list) else token
