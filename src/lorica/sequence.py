@@ -111,7 +111,7 @@ class StreamRun:
             hidden_size=1,
             seq2seq=bool(self.model.config.is_encoder_decoder),
         )
-        *_, last = fit(self.model, method, self._load(train_file), self.tokenizer, arguments)
+        *_, last = fit(self.model, method, self._load(train_file), self.tokenizer, arguments, quiet=True)
         self.steps += int(last["step"])
         self.training_seconds += last["train_runtime"]
         self._close(method)

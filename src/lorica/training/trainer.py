@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 
 from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
@@ -52,6 +52,7 @@ def fit(
     *,
     eval_dataset: EncodedDataset | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    quiet: bool = False,
 ) -> list[dict[str, float]]:
     """Train a prepared model on a dataset and return the Trainer's log.
 
@@ -60,6 +61,7 @@ def fit(
         arguments: transformers' TrainingArguments.
         eval_dataset: for ``eval_strategy``.
         resume_from_checkpoint: as in ``Trainer.train``.
+        quiet: print none of the Trainer's log.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
@@ -77,6 +79,8 @@ def fit(
             processing_class=tokenizer,
             callbacks=[catcher],
         )
+        if quiet:
+            trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     if catcher.signum is not None:
         raise Interrupted(catcher.signum, f"{arguments.output_dir}/checkpoint-{trainer.state.global_step}")
