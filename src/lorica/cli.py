@@ -10,11 +10,12 @@ from typing import Annotated, Any
 import typer
 
 from lorica.config import UpdateConfig, build_config, parse_options, read_config
-from lorica.errors import LoricaError
+from lorica.errors import Interrupted, LoricaError
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    rich_markup_mode=None,  # boxes would cut the names of options short
     pretty_exceptions_enable=False,
     help="Keep one language model up to date: learn new data without forgetting what it knows.",
 )
@@ -30,6 +31,9 @@ def main() -> None:
     except LoricaError as error:
         print(f"lorica: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except Interrupted as stop:
+        print(f"lorica: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         print("\nlorica: stopped", file=sys.stderr)
         sys.exit(130)
@@ -83,16 +87,10 @@ def _train(ctx: typer.Context, config: str | None, **given: Any) -> None:
     options |= parse_options(ctx.args)
     settings = build_config(values | options)
     from lorica.training.arguments import check_arguments
-    from lorica.training.interrupt import Interrupted
     from lorica.update import train
 
     check_arguments({key: value for key, value in values.items() if key in settings.training}, where=f"{config}: ")
-
-    try:
-        train(settings)
-    except Interrupted as stop:
-        print(f"lorica: {stop}; go on with --resume_from_checkpoint true", file=sys.stderr)
-        raise typer.Exit(128 + stop.signum) from None
+    train(settings)
 
 
 _train.__signature__ = _train_signature()  # type: ignore[attr-defined]
@@ -141,6 +139,8 @@ def audit(
     )
     print(report)
     if json_file is not None:
+        if not json_file.parent.is_dir():
+            raise LoricaError(f"--json {json_file}: there is no folder {json_file.parent}")
         write_json(json_file, {"leakage": report.to_records(), "elsewhere": report.elsewhere, **environment()})
     if not report.holds:
         raise typer.Exit(1)

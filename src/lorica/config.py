@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lorica.errors import LoricaError
 
 MAX_CONFIG_BYTES = 1_000_000
 
-Amount = Annotated[int | float, Field(union_mode="left_to_right")]
+
+def _count_or_share(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    return int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+
+
+Amount = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_share)]
 """A count of directions (an int) or a share of them (a float): 1 is one direction, 1.0 is all."""
 
 
@@ -43,7 +61,7 @@ class UpdateConfig(BaseModel):
     retention_file: list[str] = []
     """Rows of what the model can do already: scored before and after, to see what was lost. Repeatable."""
 
-    method: Literal["osft", "seqft"] = "osft"
+    method: str = "osft"
     """osft: train only in the free directions of each weight. seqft: plain fine-tuning of the same weights."""
 
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
@@ -131,6 +149,34 @@ class UpdateConfig(BaseModel):
     training: dict[str, Any] = {}
     """Fields of transformers' TrainingArguments."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _paths(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
+    @field_validator("train_file", "eval_file", "output_dir", "calibration_file", "plan_file", "chat_template_path")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return None if value is None else str(Path(value).expanduser())
+
+    @field_validator("retention_file", "train_also", "target_modules", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [str(value)] if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _has_data(self) -> Self:
+        if (self.train_file is None) == (self.dataset_name is None):
+            raise ValueError("give what to learn: --train_file FILE, or --dataset_name NAME (one of them)")
+        if self.calibration is not None and self.calibration_file is not None:
+            raise ValueError("--calibration and --calibration_file say the same thing; give one of them")
+        return self
+
+    @property
+    def source_of_rows(self) -> str:
+        """What is learned: the file or the data set's name."""
+        return self.train_file or self.dataset_name or ""
+
     @field_validator("rank_pattern", mode="before")
     @classmethod
     def _pairs(cls, value: Any) -> Any:
@@ -153,16 +199,16 @@ def build_config(values: dict[str, Any]) -> UpdateConfig:
     Raises:
         LoricaError: a required field is missing or a value is unusable.
     """
-    training = dict(values.get("training") or {})
+    nested = values.get("training") or {}
+    if not isinstance(nested, dict):
+        raise LoricaError("'training' holds names and values of TrainingArguments; give each under its own name")
+    training = dict(nested)
     training |= {key: value for key, value in values.items() if key not in UpdateConfig.model_fields}
     own = {key: value for key, value in values.items() if key in UpdateConfig.model_fields}
     try:
-        config = UpdateConfig.model_validate(own | {"training": training})
+        return UpdateConfig.model_validate(own | {"training": training})
     except ValidationError as error:
         raise LoricaError(_explain(error)) from error
-    if (config.train_file is None) == (config.dataset_name is None):
-        raise LoricaError("give what to learn: --train_file FILE, or --dataset_name NAME (one of them)")
-    return config
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -196,7 +242,7 @@ def parse_options(arguments: list[str]) -> dict[str, str | bool]:
     while rest:
         word = rest.pop(0)
         if not word.startswith("--") or len(word) == 2:
-            raise LoricaError(f"{word!r} is not an option; options are written --name value")
+            raise LoricaError(f"{word!r} is not an option; write --name value, and repeat --name for several values")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name in values:
@@ -212,4 +258,5 @@ def _explain(error: ValidationError) -> str:
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
         return f"--{name} is required"
-    return f"--{name}: {first['msg']}, got {first['input']!r}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"--{name}: {reason}, got {first['input']!r}" if name else reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -12,6 +13,21 @@ class LoricaError(Exception):
     The message names the file, line, field or option and says what to do. The command line prints it
     without a traceback and exits with status 2; anything else that is raised is a defect of Lorica.
     """
+
+
+class Interrupted(Exception):
+    """Training was stopped by a signal; a checkpoint of the last finished step exists.
+
+    Attributes:
+        signum: the signal. By convention the process exits with 128 + signum.
+        checkpoint: the folder to resume from.
+    """
+
+    def __init__(self, signum: int, checkpoint: str) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}; checkpoint: {checkpoint}; go on with --resume_from_checkpoint true")
+        self.signum = signum
+        self.checkpoint = checkpoint
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

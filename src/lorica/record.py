@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -39,13 +39,29 @@ def environment() -> dict[str, Any]:
             "gpu": _gpu(),
         },
         "git_revision": _git_revision(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, bytes."""
+_SECRETS = re.compile(r"\b(hf_|sk-|ghp_)[\w-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
+
+
+def redacted(value: Any) -> Any:
+    """Return a value with whatever looks like a token or a password in its strings replaced by ``<secret>``."""
+    if isinstance(value, str):
+        return _SECRETS.sub("<secret>", value)
+    if isinstance(value, dict):
+        return {key: redacted(item) for key, item in value.items()}
+    return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def peak_memory() -> int | None:
+    """Return the largest resident size of this process so far, bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -79,12 +95,16 @@ def _gpu() -> str | None:
 
 
 def _git_revision() -> str | None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
+    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
+        return None  # installed: an enclosing repository would be somebody else's
+    return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40")
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    command = ["git", "-C", str(folder), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"],
-            capture_output=True, text=True, timeout=10, check=False,
-        )  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import TrainingArguments
 
 from lorica.data.dataset import EncodedDataset, load
-from lorica.data.stream import MethodSettings, TaskStream
+from lorica.data.stream import TaskStream
+from lorica.errors import Interrupted, LoricaError, did_you_mean
 from lorica.evaluation.evaluator import exact_match
 from lorica.methods import METHODS, Method, Protection
 from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, write_json
 from lorica.scores import ScoreMatrix
-from lorica.training.arguments import training_arguments
+from lorica.training.arguments import check_arguments, training_arguments
+from lorica.training.models import (
+    position_limit,
+    read_model,
+    read_model_config,
+    read_tokenizer,
+    stock_configuration,
+)
 from lorica.training.trainer import fit
 
 Say = Callable[[str], None]
+
+MAX_LENGTH = 1024
+"""Longest row of a stream, in tokens, where the model has that many positions."""
 
 
 def run(
@@ -43,18 +56,56 @@ def run(
         methods: names of the stream's settings; all of them by default.
         seed: of the order of the rows.
         say: takes each line of what is told along the way.
+
+    Raises:
+        LoricaError: the stream, one of its files or the model cannot be used; files, methods and their settings are
+            looked at before the first method starts.
+        Interrupted: a signal came. The records of the methods that had ended are there; a stream is not resumed.
     """
     records = []
     names = list(methods or stream.methods)
+    check_stream(stream, names)
     clock = Clock(stages=len(names) * (len(stream.tasks) + 1))
     for name in names:
         folder = Path(output_dir) / name
         folder.mkdir(parents=True, exist_ok=True)
         tell: Say = lambda line: say(f"{line}   {clock.tick()}")  # noqa: E731
-        record = StreamRun(stream, stream.methods[name], model_name_or_path, folder, seed, tell).run()
+        record = StreamRun(stream, name, model_name_or_path, folder, seed, tell).run()
         write_json(folder / "run.json", record)
         records.append(record)
     return records
+
+
+def check_stream(stream: TaskStream, names: Sequence[str]) -> None:
+    """Refuse a stream without the methods asked for, with settings that do not exist, or with a missing file."""
+    if not names:
+        raise LoricaError(f"stream {stream.name!r} has settings for no method; name one under 'methods'")
+    for name in names:
+        if name not in stream.methods:
+            known = ", ".join(stream.methods)
+            hint = did_you_mean(name, stream.methods)
+            raise LoricaError(f"stream {stream.name!r} has no settings for method {name!r}; it has {known}.{hint}")
+        build_method(stream, name)
+    check_arguments(stream.training, where=f"stream {stream.name!r}: ")
+    files = [(f"task {task.name!r}", file) for task in stream.tasks for file in (task.train_file, task.test_file)]
+    files += [(f"ability {ability.name!r}", ability.test_file) for ability in stream.held_out]
+    for owner, file in files:
+        if not Path(stream.path(file)).exists():
+            raise LoricaError(f"stream {stream.name!r}, {owner}: no file {stream.path(file)}")
+
+
+def build_method(stream: TaskStream, name: str) -> Method:
+    """Return a new method by its settings in a stream."""
+    settings = stream.methods[name]
+    where = f"stream {stream.name!r}, method {name!r}"
+    known = [field.name for field in fields(Protection)]
+    for key in settings.protection:
+        if key not in known:
+            raise LoricaError(f"{where}: unknown protection {key!r}.{did_you_mean(key, known)}")
+    try:
+        return METHODS[settings.method](Protection(**settings.protection))
+    except LoricaError as error:
+        raise LoricaError(f"{where}: {error}") from error
 
 
 class Clock:
@@ -74,15 +125,18 @@ class StreamRun:
     """One method on one stream with one seed."""
 
     def __init__(
-        self, stream: TaskStream, settings: MethodSettings, model: str, folder: Path, seed: int, say: Say
+        self, stream: TaskStream, method_name: str, model_name: str, folder: Path, seed: int, say: Say
     ) -> None:
-        self.stream, self.settings, self.folder, self.seed, self.say = stream, settings, folder, seed, say
-        self.name = model
+        self.stream, self.method_name, self.settings = stream, method_name, stream.methods[method_name]
+        self.model_name, self.folder, self.seed, self.say = model_name, folder, seed, say
         self.watch = Stopwatch()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.model = _pretrained(model)
-        self.tests = {task.name: self._load(task.test_file) for task in stream.tasks}
-        self.abilities = {ability.name: self._load(ability.test_file) for ability in stream.held_out}
+        self.tokenizer = read_tokenizer(model_name)
+        self.config = read_model_config(model_name)
+        arguments = self._arguments()
+        self.batch_size = arguments.per_device_eval_batch_size
+        self.model = read_model(model_name, self.config, device=arguments.device)
+        self.tests = {task.name: self._tests(task.test_file) for task in stream.tasks}
+        self.abilities = {ability.name: self._tests(ability.test_file) for ability in stream.held_out}
         size = len(stream.tasks)
         self.scores = np.full((size + 1, size), math.nan)
         self.retention: dict[str, list[float]] = {name: [] for name in self.abilities}
@@ -101,20 +155,28 @@ class StreamRun:
         return self._record()
 
     def _learn(self, train_file: str) -> None:
-        method = METHODS[self.settings.method](Protection(**self.settings.protection))
+        method = build_method(self.stream, self.method_name)
         method.begin_task(self.model)
-        arguments = training_arguments(
+        data, arguments = self._load(train_file), self._arguments()
+        try:
+            with stock_configuration(self.model):
+                *_, last = fit(self.model, method, data, self.tokenizer, arguments, quiet=True)
+        except Interrupted as stopped:
+            shutil.rmtree(stopped.checkpoint, ignore_errors=True)  # nothing could go on from the middle of a stream
+            raise
+        self.steps += int(last["step"])
+        self.training_seconds += last["train_runtime"]
+        self._close(method)
+
+    def _arguments(self) -> TrainingArguments:
+        return training_arguments(
             {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
             | self.stream.training
             | {"learning_rate": self.settings.learning_rate, "seed": self.seed},
             str(self.folder),
-            hidden_size=1,
-            seq2seq=bool(self.model.config.is_encoder_decoder),
+            hidden_size=None,
+            seq2seq=bool(self.config.is_encoder_decoder),
         )
-        *_, last = fit(self.model, method, self._load(train_file), self.tokenizer, arguments, quiet=True)
-        self.steps += int(last["step"])
-        self.training_seconds += last["train_runtime"]
-        self._close(method)
 
     def _close(self, method: Method) -> None:
         assert method.plan is not None
@@ -131,12 +193,23 @@ class StreamRun:
             self.retention[name].append(self._exact(test))
 
     def _exact(self, test: EncodedDataset) -> float:
-        match, _ = exact_match(self.model.eval(), test, self.tokenizer, batch_size=128)
-        assert match is not None  # a stream's rows have answers
+        match, _ = exact_match(self.model.eval(), test, self.tokenizer, batch_size=self.batch_size)
+        assert match is not None  # see _tests
         return match
 
+    def _tests(self, file: str) -> EncodedDataset:
+        rows = self._load(file)
+        if not any(row.answer is not None for row in rows.examples):
+            raise LoricaError(f"{self.stream.path(file)}: no row has an answer to score; give prompts with completions")
+        return rows
+
     def _load(self, file: str) -> EncodedDataset:
-        return load(self.stream.path(file), self.tokenizer, seq2seq=bool(self.model.config.is_encoder_decoder))
+        return load(
+            self.stream.path(file),
+            self.tokenizer,
+            max_length=min(MAX_LENGTH, position_limit(self.config) or MAX_LENGTH),
+            seq2seq=bool(self.config.is_encoder_decoder),
+        )
 
     def _tell(self, when: str, stage: int) -> None:
         held = [f"{name} {values[-1]:5.1f}" for name, values in self.retention.items()]
@@ -153,7 +226,7 @@ class StreamRun:
             "method": self.settings.method,
             "label": self.settings.label,
             "seed": self.seed,
-            "model": Path(self.name).name,
+            "model": Path(self.model_name).name,
             "model_parameters": self.model.num_parameters(),
             **matrix.to_json(),
             "retention": self.retention,
@@ -170,8 +243,3 @@ class StreamRun:
             "config": {"settings": self.settings.model_dump(mode="json"), "training": self.stream.training},
             **environment(),
         }
-
-
-def _pretrained(name: str) -> Any:
-    kind = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(name).is_encoder_decoder else AutoModelForCausalLM
-    return kind.from_pretrained(name, dtype="auto", use_safetensors=True)

@@ -11,32 +11,35 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lorica.config import UpdateConfig, build_config
-from lorica.data.collate import Collator
-from lorica.data.dataset import EncodedDataset, load
-from lorica.data.validate import Report, validate, write_rejected
+from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score, evaluate
+from lorica.inputs import Inputs
 from lorica.methods import METHODS, Protection
-from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, write_json
+from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, redacted, write_json
 from lorica.report import write_report
-from lorica.subspace.calibration import Batch
 from lorica.subspace.plan import Plan
-from lorica.training.arguments import check_arguments, training_arguments
-from lorica.training.checkpoints import checkpoint_to_resume, remove_checkpoints
+from lorica.training.arguments import check_arguments, check_trackers, training_arguments
+from lorica.training.checkpoints import (
+    check_identity,
+    checkpoint_to_resume,
+    remove_checkpoints,
+    trajectory,
+    write_identity,
+)
 from lorica.training.models import (
     check_output_dir,
     load_model,
     load_model_config,
     load_tokenizer,
     make_output_dir,
+    position_limit,
     save_model,
+    stock_configuration,
 )
 from lorica.training.trainer import fit
 
 Say = Callable[[str], None]
-
-CALIBRATION_ROWS = 256
-"""How many rows of ``calibration_file`` are used at most."""
 
 
 def train(config: UpdateConfig | Mapping[str, Any], say: Say = print) -> dict[str, Any]:
@@ -58,139 +61,124 @@ def train(config: UpdateConfig | Mapping[str, Any], say: Say = print) -> dict[st
 
 
 class Update:
-    """One update in its stages. Everything that can be wrong with the input shows before the weights load."""
+    """One update in its stages. What can be wrong with the input shows before the weights are trained."""
 
     def __init__(self, config: UpdateConfig, say: Say = print) -> None:
         self.config, self.say = config, say
         self.watch = Stopwatch()
         given = check_arguments(config.training)
+        if config.eval_file is None and given.get("eval_strategy", "no") != "no":
+            raise LoricaError("--eval_strategy needs rows to score: give --eval_file")
         self.resume = checkpoint_to_resume(given.get("resume_from_checkpoint"), config.output_dir)
         self.keeps_checkpoints = any(name.startswith(("save_", "load_best")) for name in given)
         check_output_dir(config.output_dir, resuming=self.resume is not None)
+        self.plan = Plan.load(config.plan_file) if config.plan_file else None
         self.tokenizer = load_tokenizer(config)
         self.model_config = load_model_config(config)
         self.seq2seq = bool(self.model_config.is_encoder_decoder)
         self.arguments = training_arguments(
-            config.training, config.output_dir, hidden_size=_width(self.model_config), seq2seq=self.seq2seq
+            config.training, config.output_dir, hidden_size=width(self.model_config), seq2seq=self.seq2seq
         )
-        self.plan = Plan.load(config.plan_file) if config.plan_file else None
-        source = config.train_file or config.dataset_name
-        assert source is not None  # build_config sees to it
-        self.report = self._validate(source)
-        self.data = self._load(source, self.report)
-        self.held = {Path(path).stem: self._load(path) for path in config.retention_file}
-        self.eval_data = self._load(config.eval_file) if config.eval_file else None
+        check_trackers(self.arguments)
+        self.inputs = Inputs(
+            config, self.tokenizer, seq2seq=self.seq2seq, position_limit=position_limit(self.model_config)
+        )
         self.method = METHODS[config.method](self._protection())
+        if self.resume is not None:
+            check_identity(Path(config.output_dir), self._identity())
 
     def run(self) -> dict[str, Any]:
         """Carry the update out and return its record."""
         set_seed(self.arguments.seed)
-        model = load_model(self.config, self.model_config)
-        self.say(self.data.describe())
-        self.method.begin_task(model, progress=progress_bar("splitting weights"))
-        assert self.method.plan is not None
-        self.say(str(self.method.plan))
+        model = load_model(self.config, self.model_config, self.arguments.device)
+        for line in self.inputs.describe():
+            self.say(line)
+        plan = self._protect(model)
         output_dir = make_output_dir(self.config.output_dir)
-        self.method.plan.save(output_dir / "plan.json")
-        if self.report.rejected:
-            write_rejected(self.report, output_dir / "rejected.jsonl")
+        write_identity(output_dir, self._identity())
+        plan.save(output_dir / "plan.json")
+        self.inputs.write_rejected(output_dir)
         before = self._scores(model, "before")
         self.say(self._settings())
-        log = fit(
-            model, self.method, self.data, self.tokenizer, self.arguments,
-            eval_dataset=self.eval_data, resume_from_checkpoint=self.resume,
-        )  # fmt: skip
+        with stock_configuration(model):
+            log = fit(
+                model, self.method, self.inputs.train, self.tokenizer, self.arguments,
+                eval_dataset=self.inputs.eval, resume_from_checkpoint=self.resume,
+            )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         audit = self.method.audit(model)
         if audit is not None:
             self.say(audit.verdict())
         self.method.end_task(model)
+        save_model(model, self.tokenizer, output_dir)  # before scoring: what was trained is safe
         after = self._scores(model, "after")
-        save_model(model, self.tokenizer, output_dir)
-        record = self._record(model, before, after, log, trainable, audit.to_records() if audit else [])
+        record = self._settled(plan, log, before, after) | {
+            "model_parameters": model.num_parameters(),
+            "leakage": audit.to_records() if audit else [],
+            "cost": {
+                "seconds": self.watch.seconds,
+                "peak_rss_bytes": peak_memory(),
+                "trainable_parameters": trainable,
+            },
+        }
+        self._finish(output_dir, record)
+        return record
+
+    def _protect(self, model: Any) -> Plan:
+        self.method.begin_task(model, progress=progress_bar("splitting weights"))
+        plan = self.method.plan
+        assert plan is not None
+        self.say(str(plan))
+        return plan
+
+    def _finish(self, output_dir: Path, record: dict[str, Any]) -> None:
         write_json(output_dir / "lorica.json", record)
         page = write_report([output_dir / "lorica.json"], output_dir)
         if not self.keeps_checkpoints:
             remove_checkpoints(output_dir)
-        for line in _comparison(before, after):
+        for line in comparison(record["scores"]["before"], record["scores"]["after"]):
             self.say(line)
         self.say(f"model: {output_dir}   record: {output_dir / 'lorica.json'}   report: {page}")
-        return record
-
-    def _validate(self, path: str) -> Report:
-        config = self.config
-        return validate(
-            path,
-            config.dataset_format,
-            config.dataset_text_field,
-            config.skip_invalid_rows,
-            vocab_size=len(self.tokenizer),
-            seq2seq=self.seq2seq,
-        )
-
-    def _load(self, path: str, report: Report | None = None) -> EncodedDataset:
-        config = self.config
-        return load(
-            path,
-            self.tokenizer,
-            validated=report or self._validate(path),
-            max_length=config.max_length,
-            completion_only_loss=config.completion_only_loss,
-            assistant_only_loss=config.assistant_only_loss,
-            truncation_policy=config.truncation_policy,
-            seq2seq=self.seq2seq,
-        )
 
     def _protection(self) -> Protection:
         names = {f.name for f in fields(Protection)} - {"calibration", "plan"}
-        given = {name: getattr(self.config, name) for name in names}
-        return Protection(**given, calibration=self._calibration(), plan=self.plan)
+        given: dict[str, Any] = {name: getattr(self.config, name) for name in names}
+        return Protection(**given, calibration=self.inputs.calibration(), plan=self.plan)  # type: ignore[arg-type]
 
-    def _calibration(self) -> Any:
-        config = self.config
-        if config.calibration_file is None:
-            needed = config.source == "activation" or config.ranks == "importance"
-            return config.calibration or (("random" if self.seq2seq else "self") if needed else None)
-        if config.calibration is not None:
-            raise LoricaError("--calibration and --calibration_file say the same thing; give one of them")
-        data = self._load(config.calibration_file)
-        collate = Collator(self.tokenizer, seq2seq=self.seq2seq)
-        rows = [data[index] for index in range(min(len(data), CALIBRATION_ROWS))]
-        batches: list[Batch] = [collate(rows[start : start + 8]) for start in range(0, len(rows), 8)]
-        return batches
+    def _identity(self) -> dict[str, Any]:
+        """Return everything on which the trained weights depend."""
+        not_weights = {"output_dir", "eval_file", "retention_file", "training", "skip_invalid_rows"}
+        own = self.config.model_dump(mode="json", exclude=not_weights)
+        return own | trajectory(self.arguments) | {"sha256 of the training rows": self.inputs.train.sha256}
 
     def _scores(self, model: Any, when: str) -> dict[str, Any]:
         size = self.arguments.per_device_eval_batch_size
-        scores: dict[str, Any] = {"eval": {}, "retention": {}}
-        if self.eval_data is not None:
-            self.say(f"scoring {when}: {self.config.eval_file}")
-            scores["eval"] = evaluate(model, self.eval_data, self.tokenizer, batch_size=size)
-        for name, data in self.held.items():
-            self.say(f"scoring {when}: {name}")
-            scores["retention"][name] = evaluate(model, data, self.tokenizer, batch_size=size)
-        return scores
+
+        def score(name: str, data: EncodedDataset) -> Score:
+            bar = progress_bar(f"scoring {name} {when}")
+            return evaluate(model, data, self.tokenizer, batch_size=size, progress=bar)
+
+        return {
+            "eval": score("the new task", self.inputs.eval) if self.inputs.eval else {},
+            "retention": {name: score(name, data) for name, data in self.inputs.retention.items()},
+        }
 
     def _settings(self) -> str:
         a = self.arguments
-        batch = a.per_device_train_batch_size * a.gradient_accumulation_steps
-        return (
-            f"training: learning rate {a.learning_rate:.2g}, {a.num_train_epochs:g} epochs, {batch} rows a step, "
-            f"seed {a.seed}"
-        )
+        length = f"{a.max_steps} steps" if a.max_steps > 0 else f"{a.num_train_epochs:g} epochs"
+        rows = a.per_device_train_batch_size * a.gradient_accumulation_steps
+        return f"training: learning rate {a.learning_rate:.2g}, {length}, {rows} rows a step, seed {a.seed}"
 
-    def _record(
-        self, model: Any, before: Any, after: Any, log: list[dict[str, float]], trainable: int, leakage: list[Any]
-    ) -> dict[str, Any]:
-        config, plan = self.config, self.method.plan
-        assert plan is not None
+    def _settled(self, plan: Plan, log: list[dict[str, float]], before: Any, after: Any) -> dict[str, Any]:
+        """Return the part of the record that needs no measuring."""
+        config = self.config
         return {
             "schema": SCHEMA,
             "kind": "train",
             "method": config.method,
             "label": config.method,
             "seed": self.arguments.seed,
-            "model": config.model_name_or_path,
-            "model_parameters": model.num_parameters(),
+            "model": redacted(config.model_name_or_path),
             "learning_rate": self.arguments.learning_rate,
             "scores": {"before": before, "after": after},
             "loss_curve": [
@@ -198,15 +186,10 @@ class Update:
                 for row in log
                 if "loss" in row
             ],
-            "data": self.data.summary,
+            "data": redacted(self.inputs.summaries()),
             "plan": plan.records(),
-            "leakage": leakage,
-            "cost": {
-                "seconds": self.watch.seconds,
-                "peak_rss_bytes": peak_memory(),
-                "trainable_parameters": trainable,
-            },
-            "config": config.model_dump(mode="json"),
+            "config": redacted(config.model_dump(mode="json")),
+            "training_arguments": redacted(self.arguments.to_sanitized_dict()),
             **environment(),
         }
 
@@ -226,15 +209,15 @@ def progress_bar(what: str) -> Callable[[str, int, int], None]:
     return advance
 
 
-def _width(model_config: Any) -> int:
+def width(model_config: Any) -> int | None:
+    """Return the model's hidden size, or None if its configuration does not tell."""
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    for name in ("hidden_size", "d_model", "n_embd"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
-    raise LoricaError(f"{model_config.model_type}: cannot tell the model's width; give --learning_rate")
+    sizes = (getattr(text, name, None) for name in ("hidden_size", "d_model", "n_embd"))
+    return next((int(size) for size in sizes if size), None)
 
 
-def _comparison(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return one line per scored file: its scores before and after."""
     pairs = [("new task", before["eval"], after["eval"])] if before["eval"] else []
     pairs += [(name, before["retention"][name], after["retention"][name]) for name in before["retention"]]
     return [f"{name}: {_scored(a)} -> {_scored(b)}" for name, a, b in pairs]

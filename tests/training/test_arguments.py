@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from lorica.errors import LoricaError
-from lorica.training.arguments import check_arguments, default_learning_rate, training_arguments
+from lorica.training.arguments import check_arguments, check_trackers, default_learning_rate, training_arguments
 
 
 def test_strings_of_a_command_line_get_the_types_of_their_fields() -> None:
@@ -24,7 +26,7 @@ def test_strings_of_a_command_line_get_the_types_of_their_fields() -> None:
         ({"train_fil": 1}, r"unknown option --train_fil\. Did you mean 'train_file'\?"),
         ({"evaluation_strategy": "steps"}, r"transformers 5 calls it --eval_strategy"),
         ({"learning_rate": "fast"}, r"--learning_rate: .*got 'fast'"),
-        ({"output_dir": "x"}, r"unknown option --output_dir"),
+        ({"output_dir": "x"}, r"--output_dir is set by lorica train itself"),
     ],
 )
 def test_what_is_no_argument_is_refused_by_name(given: dict[str, object], message: str) -> None:
@@ -58,3 +60,39 @@ def test_encoder_decoder_arguments_are_for_encoder_decoders() -> None:
 def test_a_refusal_of_transformers_is_one_message() -> None:
     with pytest.raises(LoricaError, match="transformers refuses these training arguments"):
         training_arguments({"load_best_model_at_end": True}, "out", hidden_size=64, seq2seq=False)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": -1.0}, "--learning_rate -1.0 is negative"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0 is no number of rows"),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0"),
+        ({"num_train_epochs": 0}, "--num_train_epochs 0 trains nothing"),
+        ({"eval_steps": 5}, "--eval_steps has no effect without --eval_strategy"),
+        ({"hub_token": "hf_aaaaaaaaaaaa"}, "--hub_token is not taken: .*HF_TOKEN"),
+        ({"push_to_hub": True}, "--push_to_hub is not taken"),
+        ({"do_train": True}, "--do_train is set by lorica train itself"),
+    ],
+)
+def test_values_that_fail_later_or_do_harm_are_refused_now(given: dict[str, object], message: str) -> None:
+    with pytest.raises(LoricaError, match=message):
+        training_arguments(given, "out", hidden_size=64, seq2seq=False)
+
+
+def test_without_a_width_the_learning_rate_must_be_given() -> None:
+    assert training_arguments({"learning_rate": 1e-3}, "out", hidden_size=None, seq2seq=False).learning_rate == 1e-3
+    with pytest.raises(LoricaError, match="--learning_rate is needed"):
+        training_arguments({}, "out", hidden_size=None, seq2seq=False)
+
+
+def test_a_tracker_that_is_not_there_is_refused() -> None:
+    arguments = training_arguments({"report_to": "none"}, "out", hidden_size=64, seq2seq=False)
+    check_trackers(arguments)
+    arguments.report_to = ["wandb"]
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(LoricaError, match=r"--report_to: .*wandb"):
+            check_trackers(arguments)
+    arguments.report_to = ["nobody"]
+    with pytest.raises(LoricaError, match=r"--report_to: .*nobody"):
+        check_trackers(arguments)

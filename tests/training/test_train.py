@@ -21,7 +21,10 @@ import lorica
 from lorica.config import build_config
 from lorica.data.collate import Collator
 from lorica.data.dataset import load
+from lorica.errors import LoricaError
+from lorica.record import redacted
 from lorica.report import read_record
+from lorica.training.checkpoints import remove_checkpoints
 from lorica.update import train
 
 Rows = Callable[..., str]
@@ -192,4 +195,103 @@ def test_rejected_rows_are_kept_aside(llama_folder: Path, rows: Rows, tmp_path: 
     record, _ = run(llama_folder, tmp_path / "out", file, skip_invalid_rows=True)
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rejected] == [25]
-    assert record["data"]["kept"] == 24
+    assert record["data"]["train"]["kept"] == 24
+
+
+def test_resuming_as_another_run_is_refused_by_name(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    file, out = rows("new"), tmp_path / "out"
+    run(llama_folder, out, file, save_steps=3)
+    (out / "lorica.json").unlink()
+    for changed, message in {
+        "learning_rate": "learning_rate was 0.003 and is now 0.1",
+        "unfreeze_rank_ratio": "unfreeze_rank_ratio was None and is now 0.1",
+        "method": "method was osft and is now seqft",
+    }.items():
+        value = {"method": "seqft"}.get(changed, 0.1)
+        with pytest.raises(LoricaError, match=message):
+            run(llama_folder, out, file, save_steps=3, resume_from_checkpoint="true", **{changed: value})
+    Path(file).write_text(Path(file).read_text().replace("new 3", "old 3"))
+    with pytest.raises(LoricaError, match="sha256 of the training rows was"):
+        run(llama_folder, out, file, save_steps=3, resume_from_checkpoint="true")
+    with pytest.raises(LoricaError, match=r"lies outside --output_dir"):
+        run(llama_folder, tmp_path / "other", file, resume_from_checkpoint=str(out / "checkpoint-3"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_checkpoint_holds_no_pickled_arguments(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    run(llama_folder, tmp_path / "out", rows("new"), save_steps=3)
+    assert (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").exists()
+    assert not list(tmp_path.rglob("training_args.bin"))
+
+
+def test_only_our_checkpoints_are_removed(tmp_path: Path) -> None:
+    for name in ("checkpoint-12", "checkpoint-mine", "checkpoint-3-old"):
+        (tmp_path / name).mkdir()
+    remove_checkpoints(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-mine", "checkpoint-3-old"}
+
+
+def test_a_diverged_run_stops_and_saves_nothing(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    options = {"learning_rate": 1e30, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 20}
+    with pytest.raises(LoricaError, match=r"the loss is (nan|inf) at step \d+.*no checkpoint was written yet"):
+        run(llama_folder, tmp_path / "out", rows("new"), **options)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    run(llama_folder, tmp_path / "out", rows("new"))  # what it left behind is in nobody's way
+
+
+def test_before_and_after_are_measured_alike_under_mixed_precision(
+    llama_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    record, _ = run(
+        llama_folder, tmp_path / "out", rows("new"), eval_file=rows("dev"), bf16=True, use_cpu=True, learning_rate=0.0
+    )
+    assert record["scores"]["before"]["eval"]["loss"] == record["scores"]["after"]["eval"]["loss"]
+
+
+def test_secrets_stay_out_of_the_record() -> None:
+    given = {"command": "lorica --x hf_abcdefghijkl https://me:pass@host/x", "num_tokens": 5, "list": ["sk-12345678"]}
+    assert redacted(given) == {
+        "command": "lorica --x <secret> https://<secret>@host/x",
+        "num_tokens": 5,
+        "list": ["<secret>"],
+    }
+
+
+def test_files_of_one_stem_are_scored_apart(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    first = rows("old", count=5)
+    (tmp_path / "sub").mkdir()
+    second = str(tmp_path / "sub" / "old.jsonl")
+    Path(second).write_text(Path(first).read_text() + Path(first).read_text().replace("old", "other"))
+    record, _ = run(llama_folder, tmp_path / "out", rows("new"), retention_file=[first, second])
+    assert {name: score["rows"] for name, score in record["scores"]["after"]["retention"].items()} == {
+        first: 5,
+        second: 10,
+    }
+
+
+def test_rows_that_are_also_trained_on_are_noticed(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    file = rows("new")
+    _, told = run(llama_folder, tmp_path / "out", file, eval_file=file)
+    assert any("24 of the rows of" in line and "are also trained on" in line for line in told)
+
+
+def test_retention_rows_may_have_another_format(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "plain text"}\n')
+    record, _ = run(
+        llama_folder, tmp_path / "out", rows("new", text="both"), dataset_format="prompt_completion",
+        retention_file=str(tmp_path / "text.jsonl"),
+    )  # fmt: skip
+    assert record["scores"]["after"]["retention"]["text"]["exact_match"] is None
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "value"),
+    [("1", int, 1), ("1.0", float, 1.0), (1, int, 1), (1.0, float, 1.0), ("0.5", float, 0.5), ("64", int, 64)],
+)
+def test_one_direction_is_not_all_of_them(given: object, kind: type, value: float) -> None:
+    base = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
+    amount = build_config(base | {"effective_rank": given}).effective_rank
+    assert type(amount) is kind
+    assert amount == value
+    assert build_config(base | {"rank_pattern": {"q_proj": given}}).rank_pattern == {"q_proj": value}
+    assert type(build_config(base | {"rank_pattern": [f"q_proj={given}"]}).rank_pattern["q_proj"]) is kind

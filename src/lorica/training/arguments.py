@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError, did_you_mean
@@ -31,8 +32,14 @@ DEFAULTS: dict[str, Any] = {
 }
 """Where Lorica's default differs from transformers'."""
 
-OWN = {"output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns"}
+OWN = {"output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns", "predict_with_generate"}
 """Arguments that Lorica sets itself."""
+
+REFUSED = {
+    "hub_token": "a token would end up in files; set the environment variable HF_TOKEN instead",
+    "push_to_hub": "the Trainer would push checkpoints, not the finished model; push the output folder when it is done",
+}
+"""Arguments that do harm here, and why."""
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -73,6 +80,10 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
     known = known_arguments()
     checked = {}
     for name, value in given.items():
+        if name in OWN:
+            raise LoricaError(f"{where}--{name} is set by lorica train itself; leave it out")
+        if name in REFUSED:
+            raise LoricaError(f"{where}--{name} is not taken: {REFUSED[name]}")
         if name in RENAMED and name not in known:
             raise LoricaError(f"{where}unknown option --{name}: transformers 5 calls it --{RENAMED[name]}")
         if name not in known:
@@ -85,19 +96,55 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
     return checked
 
 
-def training_arguments(given: dict[str, Any], output_dir: str, *, hidden_size: int, seq2seq: bool) -> TrainingArguments:
+def training_arguments(
+    given: dict[str, Any], output_dir: str, *, hidden_size: int | None, seq2seq: bool
+) -> TrainingArguments:
     """Return TrainingArguments with Lorica's defaults under the given values.
 
+    Args:
+        hidden_size: the model's width, for the default learning rate; None if it cannot be told.
+
     Raises:
-        LoricaError: see ``check_arguments``; or transformers refuses the combination.
+        LoricaError: see ``check_arguments``; or a value makes no sense, or transformers refuses the combination.
     """
     checked = check_arguments(given)
     kind = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
     stray = sorted(set(checked) - {f.name for f in fields(kind)})
     if stray:
         raise LoricaError(f"--{stray[0]} is for encoder-decoder models; this model is none")
-    values = DEFAULTS | {"learning_rate": default_learning_rate(hidden_size)} | checked
+    if hidden_size is None and "learning_rate" not in checked:
+        raise LoricaError("--learning_rate is needed: the model's width, which sets the default, cannot be told")
+    rate = {} if hidden_size is None else {"learning_rate": default_learning_rate(hidden_size)}
     try:
-        return kind(output_dir=output_dir, remove_unused_columns=False, **values)
+        arguments = kind(output_dir=output_dir, remove_unused_columns=False, **DEFAULTS | rate | checked)
     except (ValueError, TypeError, ImportError) as error:
         raise LoricaError(f"transformers refuses these training arguments: {error}") from error
+    _check_values(arguments, checked)
+    return arguments
+
+
+def check_trackers(arguments: TrainingArguments) -> None:
+    """Refuse a tracker of ``report_to`` that is unknown or not installed, before anything is loaded."""
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise LoricaError(f"--report_to: {error}") from error
+
+
+def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
+    """Refuse what transformers accepts and then fails on, or ignores."""
+    if not arguments.learning_rate >= 0:
+        raise LoricaError(f"--learning_rate {arguments.learning_rate} is negative")
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(arguments, name) < 1:
+            raise LoricaError(f"--{name} {getattr(arguments, name)} is no number of rows; give at least 1")
+    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
+        raise LoricaError("--num_train_epochs 0 trains nothing; give a number above 0, or --max_steps")
+    if "eval_steps" in given and arguments.eval_strategy == "no":
+        raise LoricaError("--eval_steps has no effect without --eval_strategy steps")
+    if arguments.world_size > 1 or arguments.n_gpu > 1:
+        raise LoricaError(
+            f"{max(arguments.world_size, arguments.n_gpu)} processes or GPUs: lorica train runs on one device for now; "
+            "set CUDA_VISIBLE_DEVICES to one, or use lorica.protect in a script of your own"
+        )

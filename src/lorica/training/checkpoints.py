@@ -1,38 +1,104 @@
-"""The Trainer's checkpoints: which one to go on from, and when they are no longer needed."""
+"""The Trainer's checkpoints: which one to go on from, whether it belongs to this run, and when it is not needed."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from lorica.errors import LoricaError
+
+IDENTITY_FILE = "update.json"
+"""Written before training starts; removed with the checkpoints when it has ended."""
+
+TRAJECTORY = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16",
+    "label_smoothing_factor", "neftune_noise_alpha", "dataloader_drop_last", "train_sampling_strategy",
+)  # fmt: skip
+"""Training arguments on which the weights depend: a resumed run must have the same."""
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
     """Return the checkpoint folder that ``resume_from_checkpoint`` means, or None for a fresh start.
 
     Args:
-        asked: "true" or True for the newest in ``output_dir``, "false", False or None for none, else a folder.
+        asked: "true" or True for the newest in ``output_dir``, "false", False or None for none, else one of the
+            checkpoint folders in ``output_dir``.
 
     Raises:
-        LoricaError: there is no such checkpoint.
+        LoricaError: there is no such checkpoint, or it lies elsewhere.
     """
     text = str(asked).lower()
     if asked is None or text == "false":
         return None
-    if text != "true":
-        if not (Path(str(asked)) / "trainer_state.json").is_file():
-            raise LoricaError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
-        return str(asked)
-    newest = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if newest is None:
-        raise LoricaError(f"--resume_from_checkpoint true: --output_dir {output_dir} holds no checkpoint")
-    return newest
+    folder = Path(output_dir)
+    if text == "true":
+        newest = get_last_checkpoint(output_dir) if folder.is_dir() else None
+        if newest is None:
+            raise LoricaError(f"--resume_from_checkpoint true: --output_dir {output_dir} holds no checkpoint")
+        return newest
+    named = Path(str(asked))
+    if not (named / "trainer_state.json").is_file():
+        raise LoricaError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
+    if named.resolve().parent != folder.resolve():
+        raise LoricaError(
+            f"--resume_from_checkpoint {asked} lies outside --output_dir {output_dir}; a run goes on where it began"
+        )
+    return str(named)
+
+
+def trajectory(arguments: TrainingArguments) -> dict[str, Any]:
+    """Return the training arguments on which the weights depend, as plain data."""
+    known = arguments.to_dict()
+    return {name: known[name] for name in TRAJECTORY if name in known}
+
+
+def write_identity(output_dir: Path, identity: dict[str, Any]) -> None:
+    """Write down what a resumed run must agree with."""
+    (output_dir / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def check_identity(output_dir: Path, identity: dict[str, Any]) -> None:
+    """Refuse to resume a run that was another one.
+
+    Raises:
+        LoricaError: the identity is missing or unreadable, or names the first field that differs.
+    """
+    file = output_dir / IDENTITY_FILE
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoricaError(f"{file}: cannot tell what run the checkpoint belongs to: {error}") from error
+    now = json.loads(json.dumps(identity, default=str))
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise LoricaError(
+                f"--resume_from_checkpoint: {name} was {before.get(name)} and is now {now.get(name)}; give what the "
+                "run began with, or start anew in another --output_dir"
+            )
 
 
 def remove_checkpoints(output_dir: Path) -> None:
     """Remove the checkpoints of an update that has ended; they served to resume it."""
     for folder in output_dir.glob("checkpoint-*"):
-        shutil.rmtree(folder)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            shutil.rmtree(folder)
+    (output_dir / IDENTITY_FILE).unlink(missing_ok=True)
+
+
+class WithoutPickledArguments(TrainerCallback):
+    """Removes ``training_args.bin`` from each checkpoint: a pickle that can hold a token and that nothing reads."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        return control

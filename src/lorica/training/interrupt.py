@@ -10,20 +10,6 @@ from typing import Any, Self
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class Interrupted(Exception):
-    """Training was stopped by a signal; a checkpoint of the last finished step exists.
-
-    Attributes:
-        signum: the signal. By convention the process exits with 128 + signum.
-        checkpoint: the folder to resume from.
-    """
-
-    def __init__(self, signum: int, checkpoint: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; checkpoint: {checkpoint}")
-        self.signum = signum
-        self.checkpoint = checkpoint
-
-
 class SignalCatcher(TrainerCallback):
     """As a context: catch SIGINT and SIGTERM. As a callback: at the next step's end, save and stop.
 

@@ -3,78 +3,155 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorica.config import UpdateConfig
+from lorica.data.positions import position_limit as position_limit
 from lorica.errors import LoricaError
 
 _NOT_GENERATIVE = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+LEFTOVERS = {"plan.json", "update.json", "rejected.jsonl"}
+"""What an update that stopped before its first checkpoint leaves in its output folder."""
+
+_WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 def load_tokenizer(config: UpdateConfig) -> Any:
-    """Return the model's tokenizer, with the template of ``chat_template_path`` if one is given.
-
-    Raises:
-        LoricaError: the model or the template cannot be found.
-    """
-    tokenizer = _loaded(AutoTokenizer, config, "tokenizer")
-    if config.chat_template_path is not None:
-        try:
-            tokenizer.chat_template = Path(config.chat_template_path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise LoricaError(f"--chat_template_path {config.chat_template_path}: cannot read it: {error}") from error
-    return tokenizer
+    """Return the tokenizer of an update; see ``read_tokenizer``."""
+    return read_tokenizer(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        chat_template_path=config.chat_template_path,
+    )
 
 
 def load_model_config(config: UpdateConfig) -> Any:
-    """Return the model's configuration.
+    """Return the configuration of the model of an update; see ``read_model_config``."""
+    return read_model_config(
+        config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+    )
+
+
+def load_model(config: UpdateConfig, model_config: Any, device: torch.device | str = "cpu") -> Any:
+    """Return the model of an update; see ``read_model``."""
+    return read_model(
+        config.model_name_or_path,
+        model_config,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=config.dtype,
+        attn_implementation=config.attn_implementation,
+        device=device,
+    )
+
+
+def read_tokenizer(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, chat_template_path: str | None = None
+) -> Any:
+    """Return a model's tokenizer, with the template of ``chat_template_path`` if one is given.
+
+    Args:
+        name: a folder, or a name on the hub.
+        revision: branch, tag or commit on the hub; the main branch by default.
+        trust_remote_code: run Python code that comes with the model.
 
     Raises:
-        LoricaError: it cannot be found, or belongs to a model that does not generate text.
+        LoricaError: the model or the template cannot be found or read.
     """
-    found = _loaded(AutoConfig, config, "configuration")
+    tokenizer = _loaded(AutoTokenizer, name, "tokenizer", revision, trust_remote_code)
+    if chat_template_path is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise LoricaError(f"--chat_template_path {chat_template_path}: cannot read it: {error}") from error
+    return tokenizer
+
+
+def read_model_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return a model's configuration. Arguments as in ``read_tokenizer``.
+
+    Raises:
+        LoricaError: it cannot be found or read, or belongs to a model that does not generate text.
+    """
+    found = _loaded(AutoConfig, name, "configuration", revision, trust_remote_code)
     architecture = (getattr(found, "architectures", None) or [""])[0]
-    known = found.is_encoder_decoder or found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    brought = trust_remote_code and any(kind in (getattr(found, "auto_map", None) or {}) for kind in _WRITERS)
+    known = brought or found.is_encoder_decoder or found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if architecture.endswith(_NOT_GENERATIVE) or not known:
         raise LoricaError(
-            f"{config.model_name_or_path} is a {architecture or found.model_type}, which writes no text; lorica train "
-            "takes causal and encoder-decoder models. Use lorica.plan and lorica.protect in your own loop"
+            f"{name} is a {architecture or found.model_type}, which writes no text; lorica train takes causal and "
+            "encoder-decoder models. Use lorica.plan and lorica.protect in your own loop"
         )
     return found
 
 
-def load_model(config: UpdateConfig, model_config: Any) -> Any:
-    """Return the model in the dtype that the configuration names, or that it is saved in.
+def read_model(
+    name: str,
+    model_config: Any,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Return a model with its weights on a device. Other arguments as in ``read_tokenizer``.
+
+    Args:
+        model_config: of ``read_model_config``.
+        dtype: of the weights; "auto": as they are saved.
+        attn_implementation: sdpa, eager, ...; transformers' choice by default.
 
     Raises:
-        LoricaError: no weights, weights that only pickle could load, or an unknown dtype.
+        LoricaError: no weights, damaged ones, weights that only pickle could load, or an unknown dtype.
     """
     kind = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": config.dtype, "use_safetensors": True}
-    if config.attn_implementation is not None:
-        options["attn_implementation"] = config.attn_implementation
-    return _loaded(kind, config, "weights", **options)
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    return _loaded(kind, name, "weights", revision, trust_remote_code, **options).to(device)
 
 
-def _loaded(kind: Any, config: UpdateConfig, what: str, **options: Any) -> Any:
-    name = config.model_name_or_path
+def _loaded(kind: Any, name: str, what: str, revision: str | None, trust_remote_code: bool, **options: Any) -> Any:
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise LoricaError(f"--model_name_or_path {name}: no such folder")
     try:
         return kind.from_pretrained(
             str(Path(name).expanduser()) if looks_local else name,
-            revision=config.model_revision or "main",
-            trust_remote_code=config.trust_remote_code,
+            revision=revision or "main",
+            trust_remote_code=trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # readers of five file formats, and code of the model's own, raise errors of any kind
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise LoricaError(f"--model_name_or_path {name}: cannot load the {what}: {reason}") from error
+
+
+@contextmanager
+def stock_configuration(model: Any) -> Iterator[None]:
+    """Put a model's configuration and generation configuration back as they came, whatever happens in between.
+
+    The Trainer turns ``use_cache`` off in them and copies the tokenizer's special tokens into them; both would
+    be saved with the model.
+    """
+    parts = (model.config, model.config.get_text_config(), model.generation_config)
+    before = [(part, dict(vars(part))) for part in parts if part is not None]
+    try:
+        yield
+    finally:
+        for part, values in before:
+            vars(part).clear()
+            vars(part).update(values)
 
 
 def check_output_dir(output_dir: str, *, resuming: bool) -> None:
@@ -82,7 +159,8 @@ def check_output_dir(output_dir: str, *, resuming: bool) -> None:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise LoricaError(f"--output_dir {output_dir} is a file; name a folder")
-    if path.is_dir() and any(path.iterdir()) and not resuming:
+    held = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    if held - LEFTOVERS and not resuming:
         interrupted = any(path.glob("checkpoint-*")) and not (path / "lorica.json").exists()
         hint = "add --resume_from_checkpoint true to go on, or " if interrupted else ""
         raise LoricaError(f"--output_dir {output_dir} is not empty; {hint}name another folder")
@@ -99,11 +177,39 @@ def make_output_dir(output_dir: str) -> Path:
 
 
 def save_model(model: Any, tokenizer: Any, output_dir: Path) -> None:
-    """Write a plain model folder: everything into a folder aside first, then moved, so none is half-written."""
+    """Write a plain model folder, whole or not at all.
+
+    Everything is written into a folder aside first and moved from there, file by file. If anything fails, the
+    files of the same names that were there before are there again, and no new one. Only a process that is killed
+    between two moves leaves a mixture; the older files are then in ``.saving/old``.
+
+    Raises:
+        LoricaError: the folder cannot be written, such as for want of room.
+    """
     aside = output_dir / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    for file in sorted(aside.iterdir()):
-        file.replace(output_dir / file.name)
-    aside.rmdir()
+    try:
+        model.save_pretrained(aside / "new")
+        tokenizer.save_pretrained(aside / "new")
+        _exchange(aside / "new", output_dir, aside / "old")
+    except (OSError, SafetensorError) as error:
+        raise LoricaError(f"--output_dir {output_dir}: cannot write the model: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(new: Path, target: Path, old: Path) -> None:
+    """Move all files of ``new`` into ``target`` and those they replace into ``old``; undo it if a move fails."""
+    done: list[tuple[Path, Path]] = []
+    try:
+        for file in sorted(path for path in new.rglob("*") if path.is_file()):
+            name = file.relative_to(new)
+            for source, goal in ((target / name, old / name), (file, target / name)):
+                if source.exists():
+                    goal.parent.mkdir(parents=True, exist_ok=True)
+                    source.replace(goal)
+                    done.append((source, goal))
+    except BaseException:
+        for source, goal in reversed(done):
+            goal.replace(source)
+        raise

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
+from lorica.errors import Interrupted, LoricaError
 from lorica.methods.base import Method
-from lorica.training.interrupt import Interrupted, SignalCatcher
+from lorica.training.checkpoints import WithoutPickledArguments
+from lorica.training.interrupt import SignalCatcher
 
 
 class MethodMixin:
@@ -21,18 +24,29 @@ class MethodMixin:
         method: the method; its ``begin_task`` has been called.
     """
 
-    def __init__(self, *args: Any, method: Method, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, method: Method, **kwargs: Any) -> None:
         self.method = method
         super().__init__(*args, **kwargs)
+        self.max_grad_norm = self.args.max_grad_norm
+        if method.clips:
+            self.args.max_grad_norm = 0.0
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             super().create_optimizer(model)  # type: ignore[misc]
-            clip = self.args.max_grad_norm
-            self.optimizer = self.method.wrap_optimizer(self.optimizer, clip)
-            if self.method.clips:
-                self.args.max_grad_norm = 0.0
+            self.optimizer = self.method.wrap_optimizer(self.optimizer, self.max_grad_norm)
         return self.optimizer
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not loss.isfinite():
+            last = get_last_checkpoint(self.args.output_dir)
+            kept = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
+            raise LoricaError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before that step. "
+                f"Lower --learning_rate or look at the rows; {kept}"
+            )
+        return loss
 
 
 class MethodTrainer(MethodMixin, Trainer):
@@ -77,11 +91,13 @@ def fit(
             eval_dataset=eval_dataset,
             data_collator=Collator(tokenizer, seq2seq=seq2seq),
             processing_class=tokenizer,
-            callbacks=[catcher],
+            callbacks=[catcher, WithoutPickledArguments()],
         )
         if quiet:
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+        # Mixed precision wraps ``forward`` on the model itself; without this it would stay there.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
     if catcher.signum is not None:
         raise Interrupted(catcher.signum, f"{arguments.output_dir}/checkpoint-{trainer.state.global_step}")
     return trainer.state.log_history
