@@ -141,7 +141,15 @@ def audit(
     if json_file is not None:
         if not json_file.parent.is_dir():
             raise LoricaError(f"--json {json_file}: there is no folder {json_file.parent}")
-        write_json(json_file, {"leakage": report.to_records(), "elsewhere": report.elsewhere, **environment()})
+        write_json(
+            json_file,
+            {
+                "leakage": report.to_records(),
+                "elsewhere": report.elsewhere,
+                "differences": report.differences,
+                **environment(),
+            },
+        )
     if not report.holds:
         raise typer.Exit(1)
 

@@ -68,9 +68,10 @@ def run(
     clock = Clock(stages=len(names) * (len(stream.tasks) + 1))
     for name in names:
         folder = Path(output_dir) / name
-        folder.mkdir(parents=True, exist_ok=True)
         tell: Say = lambda line: say(f"{line}   {clock.tick()}")  # noqa: E731
-        record = StreamRun(stream, name, model_name_or_path, folder, seed, tell).run()
+        stream_run = StreamRun(stream, name, model_name_or_path, folder, seed, tell)
+        folder.mkdir(parents=True, exist_ok=True)
+        record = stream_run.run()
         write_json(folder / "run.json", record)
         records.append(record)
     return records

@@ -15,7 +15,7 @@ from torch.optim import AdamW
 import lorica
 from lorica.constrain import audit as auditing
 from lorica.constrain.audit import audit_weight, rounding_share
-from lorica.errors import LoricaError
+from lorica.constrain.audit_report import TOLERANCE, AuditReport
 from lorica.subspace.plan import PlanEntry
 from tests.builders import batch, free_part, leakage, matrix, protected_tiny, tiny, train, trainable
 
@@ -79,9 +79,10 @@ def rounded_change(change: float, *, constrained: bool = True) -> tuple[torch.Te
 def test_a_constrained_change_holds_however_coarse_its_dtype(change: float) -> None:
     before, d, after = rounded_change(change)
     row = audit_weight(before, after, entry(96, 96, 48))
-    assert row.leak_u > auditing.TOLERANCE
+    assert row.leak_u > TOLERANCE
     assert row.holds
     assert row.visible == (change >= 1e-2)
+    assert row.verdict == ("holds" if row.visible else "cannot be told at this dtype")
     if row.visible:
         moved = after.double() - before.double()
         assert rounding_share(before, after) == pytest.approx(((moved - d).norm() / moved.norm()).item(), rel=0.1)
@@ -92,8 +93,73 @@ def test_an_unconstrained_change_holds_only_where_nothing_can_be_seen(change: fl
     before, _, after = rounded_change(change, constrained=False)
     row = audit_weight(before, after, entry(96, 96, 48))
     assert row.holds != row.visible
-    told = "changed too little for their dtype to tell" in auditing.AuditReport([row]).verdict()
-    assert told != row.visible
+    assert row.verdict == ("LEAKS" if row.visible else "cannot be told at this dtype")
+
+
+@pytest.mark.parametrize("change", [1e-5, 1e-3, 1e-1])
+def test_the_master_proves_what_the_stored_dtype_cannot_show(change: float) -> None:
+    before, d, after = rounded_change(change)
+    row = audit_weight(before, after, entry(96, 96, 48), master_delta_MN=d.float())
+    assert max(row.master_leak_u, row.master_leak_v) == row.master_worst <= 1e-6
+    assert row.verdict == ("nothing changed" if torch.equal(before, after) else "holds")
+    before, d, after = rounded_change(change, constrained=False)
+    row = audit_weight(before, after, entry(96, 96, 48), master_delta_MN=d.float())
+    assert row.master_leak_u == pytest.approx(0.5**0.5, abs=0.1)
+    assert row.verdict == "LEAKS", "whatever rounding hides"
+
+
+@pytest.mark.parametrize("constraint", ["two-sided", "input", "output", "block"])
+def test_the_master_is_measured_as_the_stored_weight_is(constraint: str) -> None:
+    w, d = matrix(9, 7, 0, torch.float64), matrix(9, 7, 1, torch.float64)
+    row = audit_weight(w, w + d, entry(9, 7, 3, constraint), master_delta_MN=d)
+    assert row.master_leak_u == (None if row.leak_u is None else pytest.approx(row.leak_u))
+    assert row.master_leak_v == (None if row.leak_v is None else pytest.approx(row.leak_v))
+    without = audit_weight(w, w + d, entry(9, 7, 3, constraint))
+    assert without.master_leak_u is without.master_leak_v is without.master_worst is None
+
+
+@pytest.mark.parametrize("constraint", ["two-sided", "input", "output", "block"])
+def test_where_nothing_is_protected_nothing_can_leak(constraint: str) -> None:
+    w = matrix(6, 4)
+    row = audit_weight(w, w + 1, entry(6, 4, 0, constraint), master_delta_MN=torch.ones(6, 4))
+    sides = (row.leak_u, row.leak_v, row.master_leak_u, row.master_leak_v, row.unconstrained_u, row.floor_v)
+    assert set(sides) == {None}
+    assert row.relative_change > 0
+    assert (row.holds, row.verdict) == (True, "nothing is protected")
+
+
+def test_the_verdict_counts_each_kind_and_claims_no_more() -> None:
+    w = matrix(6, 4)
+    rows = {
+        "LEAKS": audit_weight(w, w + 1, entry(6, 4, 2)),
+        "holds": audit_weight(w, w + free_part(w, matrix(6, 4, 1), 2, "two-sided").float(), entry(6, 4, 2)),
+        "nothing changed": audit_weight(w, w, entry(6, 4, 2)),
+        "nothing is protected": audit_weight(w, w + 1, entry(6, 4, 0)),
+    }
+    assert {kind: row.verdict for kind, row in rows.items()} == {kind: kind for kind in rows}
+    everything = AuditReport([*rows.values(), rows["nothing changed"]])
+    assert not everything.holds
+    assert everything.verdict().startswith(
+        "1 of 5 weights leak, the constraint holds in 1 of 5 weights, nothing changed in 2 of 5 weights, "
+        "nothing is protected in 1 of 5 weights; worst leakage"
+    )
+    assert AuditReport([rows["holds"]]).verdict().startswith("the constraint holds in all 1 weights; worst leakage")
+    assert AuditReport([rows["nothing changed"]]).verdict() == "nothing changed in 1 of 1 weights"
+    assert AuditReport([rows["nothing is protected"]]).verdict() == "nothing is protected in 1 of 1 weights"
+    assert AuditReport([]).verdict() == "nothing is protected"
+    assert [record["verdict"] for record in everything.to_records()] == [*rows, "nothing changed"]
+
+
+def test_a_model_against_itself_and_a_plan_that_protects_nothing_are_told() -> None:
+    model, moved = tiny("llama"), tiny("llama")
+    same = lorica.audit(model, model)
+    assert same.holds
+    assert "nothing changed in 14 of 14 weights" in same.verdict()
+    assert "holds" not in same.verdict()
+    train(moved, AdamW(moved.parameters(), lr=1e-3), 1, partial(batch, moved))
+    free = lorica.audit(model, moved, lorica.plan(model, 1.0))
+    assert free.holds
+    assert free.verdict() == "nothing is protected in 14 of 14 weights"
 
 
 def trained(name: str, optimizer_of: type[AdamW] = AdamW) -> tuple[nn.Module, lorica.Plan]:
@@ -146,21 +212,3 @@ def test_a_stale_core_is_folded_before_it_is_audited() -> None:
 def test_the_leakage_function_checks_its_shapes() -> None:
     with pytest.raises(ValueError, match="bases do not fit"):
         auditing.leakage(torch.ones(3, 2), torch.ones(2, 1), torch.ones(2, 1))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({}, "no .safetensors file"),
-        ({"pytorch_model.bin": b"x"}, "only pickled weights"),
-        ({"adapter_config.json": b"{}"}, "an adapter"),
-    ],
-    ids=["empty", "pickle", "adapter"],
-)
-def test_folders_without_readable_weights_say_why(tmp_path: Path, content: dict[str, bytes], message: str) -> None:
-    for name, data in content.items():
-        (tmp_path / name).write_bytes(data)
-    with pytest.raises(LoricaError, match=message):
-        lorica.audit(tmp_path, tiny("llama"))
-    with pytest.raises(LoricaError, match="no such file or folder"):
-        lorica.audit(tmp_path / "nowhere", tiny("llama"))

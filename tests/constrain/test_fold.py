@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +200,33 @@ def test_an_unpickled_model_still_folds() -> None:
     loss_of(model).backward()
     optimizer.step()
     forward(model)
+    assert_folded(model)
+
+
+def reloaded(*values: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(values, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("copied", [lambda *v: pickle.loads(pickle.dumps(v)), reloaded], ids=["pickle", "torch.load"])
+def test_an_unpickled_core_is_watched_as_before(copied: Callable[..., Any], write: Callable[..., None]) -> None:
+    (model,) = copied(small())
+    forward(model)
+    for layer in model.layers:
+        write(layer.core)
+    forward(model)
+    assert_folded(model)
+
+
+def test_a_model_and_its_optimizer_are_pickled_together() -> None:
+    model = small()
+    model, optimizer = pickle.loads(pickle.dumps((model, adamw(model))))
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(layer.core) for layer in model.layers]
+    loss_of(model).backward()
+    optimizer.step()
     assert_folded(model)
 
 

@@ -116,13 +116,17 @@ def test_importance_follows_the_cosine_of_inputs_and_outputs() -> None:
         ({"ranks": "uniformly"}, "ranks 'uniformly' is unknown.* Did you mean 'uniform'"),
         ({"source": "weights"}, "source 'weights' is unknown.* Did you mean 'weight'"),
         ({"constraint": "two_sided"}, "constraint 'two_sided' is unknown.* Did you mean 'two-sided'"),
-        ({"ranks": "importance"}, "'importance' needs calibration inputs"),
-        ({"source": "activation"}, "'activation' needs calibration inputs"),
+        ({"ranks": "importance"}, "^ranks 'importance' needs calibration inputs; give calibration"),
+        ({"source": "activation"}, "^source 'activation' needs calibration inputs; give calibration"),
+        ({"source": "activation", "calibration": "self"}, "calibration 'self' is for Hugging Face models; give Stack"),
+        ({"source": "activation", "calibration": "random"}, "calibration 'random' is for Hugging Face models"),
         ({"source": "activation", "constraint": "output"}, "directions of the inputs only"),
         ({"source": "activation", "calibration": "randm"}, "calibration 'randm' is unknown"),
         ({"ranks": "energy", "effective_rank": 3}, "needs a share, not a count"),
         ({"target_modules": ["q_prj"]}, r"target_modules: 'q_prj' matches no module of the model"),
-        ({"target_modules": "(("}, "target_modules: .* is no regular expression"),
+        ({"target_modules": "(("}, r"target_modules: '\(\(' is no regular expression"),
+        ({"target_modules": "a)(b"}, r"target_modules: 'a\)\(b' is no regular expression"),
+        ({"rank_pattern": {"[": 1}}, r"rank_pattern: '\[' is no regular expression"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -130,6 +134,23 @@ def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(LoricaError, match=message) as caught:
         lorica.plan(stack(), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["(?i)LAYERS.1", r"(?:l)ayers\.(1)", r"(?<=layers\.)1", r"(1)|nothing"])
+def test_any_regular_expression_matches_the_end_of_names(pattern: str) -> None:
+    assert counts(lorica.plan(stack(), target_modules=[pattern])) == {"layers.1": 3}
+    assert counts(lorica.plan(stack(), rank_pattern={pattern: 0})) == {"layers.0": 6, "layers.1": 0}
+
+
+def test_a_pattern_matches_whole_parts_of_names_only() -> None:
+    plan = lorica.plan(tiny("llama"), target_modules=["mlp.up_proj"])
+    assert len(plan) == 2
+    with pytest.raises(LoricaError, match="matches no module"):
+        lorica.plan(tiny("llama"), target_modules=["p_proj"])
+
+
+def test_one_pattern_of_train_also_is_not_a_list_of_letters() -> None:
+    assert lorica.plan(stack(), train_also="bias").train_also == ["bias"]
 
 
 def test_a_misspelt_target_gets_a_suggestion() -> None:
@@ -177,7 +198,11 @@ def test_a_model_of_unknown_type_takes_all_linear_layers_but_the_head() -> None:
         ({"ranks": "effective-rank", "effective_rank": 3}, "effective_rank has no effect with ranks 'effective-rank'"),
         ({"mrr": 0.1}, "mrr has no effect with ranks 'uniform'; it is for importance"),
         ({"ranks": "importance", "trr": 2.0, "calibration": "random"}, "trr = 2.0 is out of range"),
-        ({"calibration": []}, "calibration has no effect with source 'weight' and ranks 'uniform'"),
+        (
+            {"calibration": []},
+            "calibration (or calibration_file) has no effect with source 'weight' and ranks 'uniform'",
+        ),
+        ({"calibration": "self"}, "calibration 'self' has no effect with source 'weight' and ranks 'uniform'"),
     ],
 )
 def test_no_option_is_accepted_and_ignored(options: dict[str, Any], message: str) -> None:

@@ -98,20 +98,36 @@ def test_train_also_that_opens_nothing_is_refused(pattern: str) -> None:
     assert flags(model) == before
 
 
+def test_train_also_that_is_no_pattern_is_refused_before_anything_changes() -> None:
+    model = tiny("llama")
+    before = flags(model)
+    with pytest.raises(LoricaError, match=r"train_also: '\[' is no regular expression"):
+        lorica.protect(model, lorica.plan(model, 0.5, train_also=["["]))
+    assert flags(model) == before
+    assert not protected_layers(model)
+
+
 def one_entry(**changes: Any) -> Plan:
     return Plan(entries=[PlanEntry(**({"name": "layers.0", "shape": (10, 8), "k": 4} | changes))])
+
+
+def emptied() -> Plan:
+    plan = one_entry()
+    plan.entries.clear()
+    return plan
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
+        (emptied(), "the plan has no entries"),
         (one_entry(name="layers.7"), r"the plan names layers\.7, which the model does not have"),
         (one_entry(shape=(8, 10)), r"the plan has layers\.0 as \(8, 10\), the model as \(10, 8\)"),
         (one_entry(constraint="block"), r"'block' is held by lorica\.ConstrainedOptimizer"),
         (one_entry(source="activation", constraint="input"), "needs calibration inputs"),
         (one_entry(name="layers"), "layers is a ModuleList, which cannot be protected"),
     ],
-    ids=["name", "shape", "block", "moments", "container"],
+    ids=["empty", "name", "shape", "block", "moments", "container"],
 )
 def test_a_plan_that_does_not_fit_leaves_the_model_untouched(plan: Plan, message: str) -> None:
     model = stack()

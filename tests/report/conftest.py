@@ -47,9 +47,19 @@ def train_record(**changes: Any) -> dict[str, Any]:
             {"step": step, "loss": 0.15 + 3 * math.exp(-step / 60), "learning_rate": 1e-3 * (1 - step / 300)}
             for step in range(5, 300, 5)
         ],
-        "data": {"train_file": "facts.jsonl", "format": "prompt_completion", "rows": {"kept": 1800, "rejected": 3}},
+        "data": {
+            "train": data_summary("facts.jsonl", kept=1800, rejected=3, notices=["no row trains the end"]),
+            "eval": data_summary("facts.test.jsonl", kept=200),
+            "retention": {"atlas": data_summary("atlas.jsonl", kept=100)},
+        },
     }
     return record | changes
+
+
+def data_summary(path: str, **changes: Any) -> dict[str, Any]:
+    """Return the account of one file as the data readers give it."""
+    counts = {"rejected": 0, "reasons": {}, "duplicates": 0, "truncated": 0, "notices": []}
+    return {"path": path, "format": "prompt_completion", "sha256": f"sha256 of {path}", **counts, **changes}
 
 
 @pytest.fixture

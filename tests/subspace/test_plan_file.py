@@ -66,6 +66,7 @@ def _edited(tmp_path: Path, edit: Any) -> Path:
         (lambda d: d["entries"][1].update(name="a"), "a is planned twice"),
         (lambda d: d["entries"][0].pop("shape"), r"entries\.0\.shape: Field required"),
         (lambda d: d.update(schema_version=2), "schema_version"),
+        (lambda d: d["entries"].clear(), "entries is empty: a plan names at least one weight"),
     ],
 )
 def test_a_wrong_edit_is_named(tmp_path: Path, edit: Any, message: str) -> None:

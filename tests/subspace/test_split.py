@@ -82,6 +82,11 @@ def test_k_out_of_range_is_refused(k: int) -> None:
         split(matrix(4, 3), k)
 
 
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match="split method 'SVD' is unknown; known: gram, svd"):
+        split(matrix(4, 3), 2, method="SVD")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("decades", [3, 5, 7])
 def test_the_fallback_keeps_ill_conditioned_weights_exact(decades: int) -> None:
     w = with_spectrum(48, 32, torch.logspace(0, -decades, 32, dtype=torch.float64))

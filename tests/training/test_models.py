@@ -70,8 +70,8 @@ def halve(file: Path) -> None:
         (lambda f: (f / "model.safetensors").write_bytes(b""), "weights: Error while deserializing header"),
         (lambda f: (f / "model.safetensors").unlink(), "weights: Error no file named model.safetensors"),
         (lambda f: edit(f / "config.json", hidden_size=64), "weights: .*mismatched_sizes"),
-        (lambda f: edit(f / "config.json", num_attention_heads="four"), "configuration: .*num_attention_heads"),
-        (lambda f: halve(f / "config.json"), "configuration: .*not a valid JSON"),
+        (lambda f: edit(f / "config.json", num_attention_heads="four"), "tokenizer: .*num_attention_heads"),
+        (lambda f: halve(f / "config.json"), "tokenizer: .*not a valid JSON"),
         (lambda f: halve(f / "tokenizer.json"), "tokenizer: "),
         (lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "none"}}'), "tokenizer: "),
     ],
@@ -171,13 +171,15 @@ def saved(folder: Path, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_configurations_go_out_as_they_came(kind: str, request: Any, tmp_path: Path) -> None:
-    """The tokenizer's tokens differ from the model's, and the sampling settings are such that nobody could save anew."""
+    """Although the tokenizer's tokens are others, and temperature without sampling is refused in what has changed."""
     folder = Path(shutil.copytree(request.getfixturevalue(f"{kind}_folder"), tmp_path / "in"))
     edit(folder / "config.json", pad_token_id=None, bos_token_id=5)
     edit(folder / "generation_config.json", eos_token_id=[9, 1], do_sample=False, temperature=0.5, bos_token_id=6)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = (AutoModelForCausalLM if kind == "llama" else AutoModelForSeq2SeqLM).from_pretrained(folder)
-    arguments = TrainingArguments(output_dir=str(tmp_path / "trainer"), report_to="none", max_steps=1)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "trainer"), report_to="none", max_steps=1, dataloader_pin_memory=False
+    )
     with stock_configuration(model):
         rows = [{"input_ids": [5, 6], "labels": [5, 6]}]
         Trainer(model=model, args=arguments, processing_class=tokenizer, train_dataset=rows).train()
@@ -190,12 +192,18 @@ def test_configurations_go_out_as_they_came(kind: str, request: Any, tmp_path: P
 
 def test_configurations_come_back_when_training_fails(llama_folder: Path) -> None:
     model = read_all(llama_folder)
-    own, before = model.config, model.config.to_dict()
-    with pytest.raises(KeyboardInterrupt), stock_configuration(model):
-        model.config.use_cache = False
-        model.config.surplus = 1
-        raise KeyboardInterrupt
+    own, generation, before = model.config, model.generation_config, model.config.to_dict()
+
+    def train() -> None:
+        with stock_configuration(model):
+            model.config.use_cache = False
+            model.config.surplus = 1
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
     assert model.config is own
+    assert model.generation_config is generation
     assert model.config.to_dict() == before
 
 

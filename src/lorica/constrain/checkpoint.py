@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import KeysView
+from collections.abc import Collection, KeysView
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,13 @@ class ModelWeights(Weights):
 
     def __init__(self, model: nn.Module) -> None:
         self.family = str(getattr(getattr(model, "config", None), "model_type", "unknown"))
-        state = model.state_dict()
         modules = dict(model.named_modules())
         protected = {name for name, module in modules.items() if isinstance(module, SubspaceLayer)}
-        self._state = {key: value for key, value in state.items() if not _is_core(key, protected)}
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied = names - {name for name, _ in model.named_parameters()}  # stored once, as in a saved folder
+        self._state = {
+            key: value for key, value in model.state_dict().items() if key not in tied and not _is_core(key, protected)
+        }
         self._transposed = {
             f"{name}.weight"
             for name, module in modules.items()
@@ -88,6 +91,8 @@ class FolderWeights(Weights):
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if (path / "adapter_config.json").exists():
+            raise LoricaError(f"{path}: an adapter, not a model; merge it into its base model and save that")
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
             raise LoricaError(_nothing_in(path))
@@ -127,6 +132,44 @@ class FolderWeights(Weights):
         return str(self.path)
 
 
+class Stripped(Weights):
+    """Weights under their keys without a prefix."""
+
+    def __init__(self, weights: Weights, prefix: str) -> None:
+        self.family, self._weights = weights.family, weights
+        self._keys = {key.removeprefix(prefix): key for key in weights.keys()}
+
+    def keys(self) -> KeysView[str]:
+        return self._keys.keys()
+
+    def tensor(self, key: str) -> Tensor:
+        return self._weights.tensor(_found(self, key, self._keys))
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._weights.shape(self._keys[key])
+
+    def matrix(self, key: str) -> Tensor:
+        return self._weights.matrix(_found(self, key, self._keys))
+
+    def __str__(self) -> str:
+        return str(self._weights)
+
+
+def prefix_apart(names: Collection[str], *stores: Weights) -> str:
+    """Return the prefix without which some of the names are in every store; empty if they are so already.
+
+    A bare GPT-2 calls ``h.0`` what the model with a head calls ``transformer.h.0``: the key of one is that of
+    the other without its first part.
+    """
+    sets = [set(names), *(set(store.keys()) for store in stores)]
+
+    def shared(prefix: str) -> int:
+        return len(set.intersection(*({key.removeprefix(prefix) for key in keys} for keys in sets)))
+
+    first_parts = sorted({key.partition(".")[0] + "." for keys in sets for key in keys})
+    return "" if shared("") else max(["", *first_parts], key=shared)
+
+
 def open_weights(source: nn.Module | str | Path) -> Weights:
     """Open a model, a folder or a ``.safetensors`` file for reading.
 
@@ -153,8 +196,6 @@ def _is_core(key: str, protected: set[str]) -> bool:
 
 
 def _nothing_in(path: Path) -> str:
-    if (path / "adapter_config.json").exists():
-        return f"{path}: an adapter, not a model; merge it into its base model and save that"
     pickles = sorted(file.name for file in path.glob("*.bin"))
     if pickles:
         return f"{path}: only pickled weights ({pickles[0]}); save the model as safetensors first"

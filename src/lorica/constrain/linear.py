@@ -105,6 +105,8 @@ class SubspaceLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if type(self.core) is nn.Parameter:  # pickle knows no other; the same object may be in an optimizer
+            self.core.__class__ = Core
         self._folded = ()  # a copied or unpickled core starts counts of its own
         _layers.add(self)
 
@@ -124,7 +126,10 @@ class SubspaceLayer(nn.Module):
         return weight.T if self.transposed else weight
 
     def delta(self) -> Tensor:
-        """Return ``Q_U M Q_V^T`` (out x in), the change since ``protect``, in the dtype of the core."""
+        """Return ``Q_U M Q_V^T`` (out x in), the change since ``protect``, in the dtype of the core.
+
+        Not to be written to: where nothing is protected it is the core itself.
+        """
         return lift(self.core.detach(), self.out_basis, self.in_basis)
 
     @torch.no_grad()

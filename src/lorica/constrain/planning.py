@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lorica.constrain.linear import matrix_of
-from lorica.constrain.targets import family, find_targets
+from lorica.constrain.targets import ends_in, family, find_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace import ranks as policies
 from lorica.subspace.calibration import Batch, InputStatistics, observe, own_text, random_tokens
@@ -30,7 +29,7 @@ def plan(
     calibration: Iterable[Batch] | str | None = None,
     target_modules: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, float | int] | None = None,
-    train_also: Sequence[str] = (),
+    train_also: str | Sequence[str] = (),
     freeze_experts: bool = False,
     effective_rank: float | int | None = None,
     osft_unfreeze_rank_ratio: float | None = None,
@@ -61,8 +60,8 @@ def plan(
         target_modules: see ``find_targets``; default: all linear layers of the blocks.
         rank_pattern: protected share (float, 0 to 1) or count (int) for modules whose name ends in the
             given regular expression, over whatever ``ranks`` says.
-        train_also: regular expressions of parameter names outside the constrained weights that train
-            freely; all others are frozen.
+        train_also: a regular expression, or several, of parameter names outside the constrained weights that
+            train freely, in their own dtype; all others are frozen.
         freeze_experts: for mixtures of experts: freeze the experts' 3-D weights and go on.
         effective_rank: PEFT's name for the protected part: an int counts directions, a float is a share.
         osft_unfreeze_rank_ratio: mini_trainer's name for ``unfreeze_rank_ratio``.
@@ -87,9 +86,12 @@ def plan(
     targets = find_targets(model, target_modules, freeze_experts=freeze_experts)
     observed: dict[str, InputStatistics] = {}
     if source != "activation" and ranks != "importance" and calibration is not None:
-        raise LoricaError(f"calibration has no effect with source {source!r} and ranks {ranks!r}; leave it out")
+        raise LoricaError(
+            f"{_given(calibration)} has no effect with source {source!r} and ranks {ranks!r}; leave it out"
+        )
     if ranks == "importance" or source == "activation":
-        batches = _batches(model, calibration, needed_by=source if source == "activation" else ranks)
+        needed_by = f"source {source!r}" if source == "activation" else f"ranks {ranks!r}"
+        batches = _batches(model, calibration, needed_by)
         observed = observe(model, targets, batches, moments=source == "activation")
     weights = {name: matrix_of(module) for name, module in targets.items()}
     entries = [
@@ -102,7 +104,7 @@ def plan(
     result = Plan(
         family=family(model),
         entries=_with_pattern(entries, rank_pattern or {}),
-        train_also=list(train_also),
+        train_also=[train_also] if isinstance(train_also, str) else list(train_also),
     )
     result._moments = {name: one.moment_NN for name, one in observed.items() if one.moment_NN is not None}
     return result
@@ -155,16 +157,27 @@ def _check_choices(*, ranks: str, source: str, constraint: str) -> None:
         raise LoricaError(f"ranks {ranks!r} reads the weight's spectrum; with source 'activation' use 'uniform'")
 
 
-def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, *, needed_by: str) -> Iterable[Batch]:
+def _given(calibration: Iterable[Batch] | str) -> str:
+    """Return the option as the user wrote it: batches are calibration= in Python, a file on the command line."""
+    return f"calibration {calibration!r}" if isinstance(calibration, str) else "calibration (or calibration_file)"
+
+
+def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, needed_by: str) -> Iterable[Batch]:
     if calibration is None:
-        raise LoricaError(f'{needed_by!r} needs calibration inputs; give calibration= (batches, "self" or "random")')
+        raise LoricaError(
+            f"{needed_by} needs calibration inputs; give calibration: 'self', 'random' or batches (calibration_file)"
+        )
     if not isinstance(calibration, str):
         return calibration
+    if calibration not in ("self", "random"):
+        raise LoricaError(f"calibration {calibration!r} is unknown; known: 'self', 'random', or give batches")
+    if not (hasattr(model, "config") and hasattr(model, "get_input_embeddings")):
+        raise LoricaError(
+            f"calibration {calibration!r} is for Hugging Face models; give {type(model).__name__} batches"
+        )
     if calibration == "self":
         return own_text(model)
-    if calibration != "random":
-        raise LoricaError(f"calibration {calibration!r} is unknown; known: 'self', 'random', or give batches")
-    decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     return random_tokens(model.get_input_embeddings().num_embeddings, decoder=decoder)  # type: ignore[operator]
 
 
@@ -219,8 +232,8 @@ def _count(option: str, amount: float | int, entry: PlanEntry) -> int:
 def _with_pattern(entries: list[PlanEntry], rank_pattern: Mapping[str, float | int]) -> list[PlanEntry]:
     for pattern, amount in rank_pattern.items():
         _amount(f"rank_pattern[{pattern!r}]", amount)
-        compiled = re.compile(rf"(^|.*\.)({pattern})")
-        hits = [i for i, entry in enumerate(entries) if compiled.fullmatch(entry.name)]
+        compiled = user_pattern("rank_pattern", pattern)
+        hits = [i for i, entry in enumerate(entries) if ends_in(entry.name, compiled)]
         if not hits:
             raise LoricaError(f"rank_pattern: {pattern!r} matches none of the {len(entries)} constrained weights")
         for i in hits:

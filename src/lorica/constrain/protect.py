@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,19 +9,22 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer, matrix_of
-from lorica.constrain.targets import check_targets
+from lorica.constrain.targets import check_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import free_bases, protected_directions
 
 _RECORD = "_lorica_protection"
+_WIDE = (torch.float32, torch.float64)
 
 
 def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int], None] | None = None) -> nn.Module:
     """Constrain the planned weights in place; from here on any training leaves the protected directions alone.
 
-    Each planned layer is replaced by a ``SubspaceLinear`` that shares its parameters; a layer with k = 0
-    stays as it is and trains plainly. Every other parameter is frozen unless ``plan.train_also`` names it.
+    Each planned layer is replaced by a ``SubspaceLinear`` that shares its parameters. With k = 0 a layer of
+    float32 or float64 stays as it is and trains plainly; a narrower one trains through a float32 core all the
+    same (W = W0 + M, rounded once), since most of each small update is lost when it is added in bfloat16.
+    Every other parameter is frozen unless ``plan.train_also`` names it; those train in their own dtype.
     The model computes what it did before, bit for bit, and goes into any Trainer or hand-written loop with
     any optimizer; build the optimizer after this call.
 
@@ -35,9 +37,9 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
         The same model.
 
     Raises:
-        LoricaError: the plan does not fit the model, asks for ``block`` (held by the optimizer, not by the
-            model: see ``lorica.ConstrainedOptimizer``), or a weight holds NaN or inf. The model is then
-            untouched.
+        LoricaError: the plan is empty, does not fit the model or asks for ``block`` (held by the optimizer, not
+            by the model: see ``lorica.ConstrainedOptimizer``), ``train_also`` is no pattern or matches nothing,
+            or a weight holds NaN or inf. The model is then untouched.
     """
     targets = fitting_targets(model, plan)
     _also_trained(model, plan)
@@ -47,11 +49,11 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
             raise LoricaError(
                 f"{entry.name}: constraint 'block' is held by lorica.ConstrainedOptimizer, not by protect"
             )
-        if entry.k > 0:
+        if entry.k > 0 or matrix_of(targets[entry.name]).dtype not in _WIDE:
             wrapped[entry.name] = _wrapped(targets[entry.name], entry, plan)
         if progress:
             progress(entry.name, done, len(plan))
-    freeze_all_but(model, plan, [targets[e.name].get_parameter("weight") for e in plan.entries if e.k == 0])
+    freeze_all_but(model, plan, [targets[n].get_parameter("weight") for n in plan.names() if n not in wrapped])
     _swap(model, {id(targets[name]): layer for name, layer in wrapped.items()})
     return model
 
@@ -80,8 +82,10 @@ def fitting_targets(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """Return the modules that a plan names, by name.
 
     Raises:
-        LoricaError: the model has no such module, or its weight has another shape.
+        LoricaError: the plan is empty, the model has no such module, or its weight has another shape.
     """
+    if not plan.entries:
+        raise LoricaError("the plan has no entries: it names no weight to train")
     modules = dict(model.named_modules())
     missing = [name for name in plan.names() if name not in modules]
     if missing:
@@ -102,7 +106,8 @@ def _also_trained(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
     outside = {name: p for name, p in model.named_parameters() if name not in constrained}
     chosen = []
     for pattern in plan.train_also:
-        hits = [p for name, p in outside.items() if re.search(pattern, name)]
+        compiled = user_pattern("train_also", pattern)
+        hits = [p for name, p in outside.items() if compiled.search(name)]
         if not hits:
             raise LoricaError(f"train_also: {pattern!r} matches no parameter outside the constrained weights")
         chosen += hits

@@ -79,14 +79,29 @@ def find_targets(
     return chosen
 
 
+def user_pattern(option: str, pattern: str) -> re.Pattern[str]:
+    """Compile a regular expression that the user gave under an option.
+
+    Raises:
+        LoricaError: it is none; the message names option and pattern.
+    """
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise LoricaError(f"{option}: {pattern!r} is no regular expression: {error}") from error
+
+
+def ends_in(name: str, pattern: re.Pattern[str]) -> bool:
+    """Return whether a pattern matches a dotted name from its start, or from a dot, to its end."""
+    starts = [0, *(dot.end() for dot in re.finditer(r"\.", name))]
+    return any(pattern.fullmatch(name, start) for start in starts)
+
+
 def _match(modules: dict[str, nn.Module], patterns: Sequence[str]) -> dict[str, nn.Module]:
     chosen: set[str] = set()
     for pattern in patterns:
-        try:
-            compiled = re.compile(rf"(^|.*\.)({pattern})")
-        except re.error as error:
-            raise LoricaError(f"target_modules: {pattern!r} is no regular expression: {error}") from error
-        found = {name for name in modules if name and compiled.fullmatch(name)}
+        compiled = user_pattern("target_modules", pattern)
+        found = {name for name in modules if name and ends_in(name, compiled)}
         if not found:
             leaves = {name.rpartition(".")[2] for name, module in modules.items() if type(module) in WRAPPERS}
             hint = did_you_mean(pattern, leaves) or f" The model's linear layers: {', '.join(sorted(leaves))}."
@@ -161,5 +176,5 @@ def is_target_key(model_type: str, key: str, shape: Sequence[int]) -> bool:
         return False
     pattern = FAMILIES.get(model_type)
     if pattern is not None:
-        return re.fullmatch(rf"(^|.*\.)({pattern})", name) is not None
+        return ends_in(name, re.compile(pattern))
     return _OUTSIDE.search(key) is None

@@ -9,55 +9,104 @@ from torch import nn
 
 from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
-from lorica.evaluation.generate import batches_by_length, greedy_answers
+from lorica.data.encoder import Encoded
+from lorica.data.tokens import Codec
+from lorica.evaluation.generate import Progress, batch_count, batches_by_length, greedy_answers
 
 Score = dict[str, float | int | None]
 
 
-def evaluate(model: nn.Module, dataset: EncodedDataset, tokenizer: Any, *, batch_size: int = 16) -> Score:
+def evaluate(
+    model: nn.Module,
+    dataset: EncodedDataset,
+    tokenizer: Any,
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> Score:
     """Return the scores of a model on a dataset; its mode and the random state are as before.
 
+    Args:
+        progress: told of every batch, those of the loss and those of the generation counted together.
+
     Returns:
-        ``loss``: mean over the trained tokens of all rows, nats. ``exact_match``: percent of the rows with
-        an answer for which greedy generation, blanks at both ends aside, writes that answer; None without
-        such rows. ``rows``, ``answers``: how many rows, and rows with an answer, were scored.
+        ``loss``: mean over the trained tokens of all rows, nats. ``exact_match``: see there; None without rows
+        that have an answer. ``rows``, ``answers``: how many rows, and rows with an answer, were scored.
     """
+    asked = sum(row.answer is not None for row in dataset.examples)
+    first, second = batch_count(len(dataset), batch_size), batch_count(asked, batch_size)
     training = model.training
     model.eval()
     try:
-        loss = mean_loss(model, dataset, tokenizer, batch_size=batch_size)
-        match, answers = exact_match(model, dataset, tokenizer, batch_size=batch_size)
+        part = _part(progress, 0, first + second)
+        loss = mean_loss(model, dataset, tokenizer, batch_size=batch_size, progress=part)
+        part = _part(progress, first, first + second)
+        match, answers = exact_match(model, dataset, tokenizer, batch_size=batch_size, progress=part)
     finally:
         model.train(training)
     return {"loss": loss, "exact_match": match, "rows": len(dataset), "answers": answers}
 
 
 @torch.no_grad()
-def mean_loss(model: nn.Module, dataset: EncodedDataset, tokenizer: Any, *, batch_size: int) -> float:
+def mean_loss(
+    model: nn.Module, dataset: EncodedDataset, tokenizer: Any, *, batch_size: int, progress: Progress | None = None
+) -> float:
     """Return the cross-entropy per trained token over a whole dataset, every token weighted equally."""
     seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
     collate = Collator(tokenizer, seq2seq=seq2seq)
     device = next(model.parameters()).device
+    lengths = [len(row.input_ids) for row in dataset.examples]
     total, tokens = 0.0, 0
-    for indices in batches_by_length([len(row.input_ids) for row in dataset.examples], batch_size):
+    for done, indices in enumerate(batches_by_length(lengths, batch_size), start=1):
         batch = {key: value.to(device) for key, value in collate([dataset[index] for index in indices]).items()}
         labels = batch["labels"] if seq2seq else batch["labels"][:, 1:]
         count = int((labels != -100).sum())
         total += model(**batch).loss.item() * count
         tokens += count
+        if progress is not None:
+            progress("loss", done, batch_count(len(lengths), batch_size))
     return total / tokens
 
 
 def exact_match(
-    model: nn.Module, dataset: EncodedDataset, tokenizer: Any, *, batch_size: int
+    model: nn.Module, dataset: EncodedDataset, tokenizer: Any, *, batch_size: int, progress: Progress | None = None
 ) -> tuple[float | None, int]:
-    """Return the percentage of answers that greedy generation writes exactly, and how many answers there are."""
+    """Return the percentage of answers that greedy generation writes exactly, and how many answers there are.
+
+    An answer counts where the model writes it, blanks at both ends aside, and ends there. Generation goes on for
+    one token more than the longest answer of a batch: what has not ended by then is no match.
+    """
     asked = [row for row in dataset.examples if row.answer is not None]
     if not asked:
         return None, 0
-    longest = max(len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) for row in asked)
-    prompts = [row.prompt_ids or [] for row in asked]
-    # One token more than the longest answer: whatever has not ended by then is no exact match.
-    written = greedy_answers(model, tokenizer, prompts, max_new_tokens=longest + 1, batch_size=batch_size)
-    right = sum(text.strip() == (row.answer or "").strip() for text, row in zip(written, asked, strict=True))
+    codec = Codec(tokenizer)
+    written = greedy_answers(
+        model,
+        tokenizer,
+        [row.prompt_ids or [] for row in asked],
+        max_new_tokens=[_answer_length(row, codec) + 1 for row in asked],
+        batch_size=batch_size,
+        progress=progress,
+    )
+    right = sum(
+        one.ended and one.text.strip() == (row.answer or "").strip() for one, row in zip(written, asked, strict=True)
+    )
     return 100.0 * right / len(asked), len(asked)
+
+
+def _answer_length(row: Encoded, codec: Codec) -> int:
+    """Return the tokens of an answer, its end aside, in the longest way a row may spell it.
+
+    Many tokenizers spell a word in the middle of a text with other tokens than by itself, and a chat template may
+    add some of its own; what the row holds behind its prompt counts these, unless the row was cut.
+    """
+    answer = row.answer or ""
+    held = len(row.input_ids) - len(row.prompt_ids or []) - 1
+    return max(held, len(codec.plain(answer)), len(codec.continuation(answer)))
+
+
+def _part(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return a callback for one part of the work, which counts on from the parts before it."""
+    if progress is None:
+        return None
+    return lambda name, done, _: progress(name, before + done, total)

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from lorica.data.positions import position_limit
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+class Written(NamedTuple):
+    """What a model wrote after a prompt, and whether it ended there by itself."""
+
+    text: str
+    ended: bool
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -16,44 +31,114 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
         yield order[start : start + batch_size]
 
 
+def batch_count(rows: int, batch_size: int) -> int:
+    """Return how many batches ``batches_by_length`` yields."""
+    return -(-rows // batch_size)
+
+
 @torch.no_grad()
 def greedy_answers(
     model: nn.Module,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     batch_size: int = 32,
-) -> list[str]:
-    """Return what the model writes after each prompt, one beam, no sampling, special tokens left out.
+    progress: Progress | None = None,
+) -> list[Written]:
+    """Return what the model writes after each prompt: always its likeliest token, nothing else.
+
+    The model's own generation configuration is set aside, for what it adds (penalties, sampling, n-gram bans,
+    forced, suppressed or least numbers of tokens) is no knowledge of the model, and was not there in training.
+    Of it stay the tokens that end a text, beside the tokenizer's EOS, and the decoder's first token.
 
     Args:
         prompts: token ids. An empty prompt becomes the tokenizer's first token (BOS, else EOS).
-        max_new_tokens: an answer that has not ended by then is cut.
+        max_new_tokens: for all prompts, or for each. A batch goes on for the largest of its prompts'; none goes
+            beyond the model's positions. What has not ended by then is cut.
         batch_size: prompts at a time; they are padded on the left (encoder-decoder: on the right).
+        progress: told of every batch.
     """
-    seq2seq = bool(model.config.is_encoder_decoder)  # type: ignore[union-attr]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     filled = [list(prompt) or [start] for prompt in prompts]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    device = next(model.parameters()).device
-    answers = [""] * len(filled)
-    for indices in batches_by_length([len(prompt) for prompt in filled], batch_size):
-        ids, mask = _padded([filled[index] for index in indices], pad, left=not seq2seq)
-        output = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        written = output if seq2seq else output[:, ids.shape[1] :]
-        for index, text in zip(indices, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
-            answers[index] = text
+    lengths = [len(prompt) for prompt in filled]
+    wanted = [max_new_tokens] * len(filled) if isinstance(max_new_tokens, int) else max_new_tokens
+    settings = _settings(model, tokenizer)
+    answers = [Written("", False)] * len(filled)
+    total = batch_count(len(filled), batch_size)
+    with _generating_by(model, settings):
+        for done, batch in enumerate(batches_by_length(lengths, batch_size), start=1):
+            for indices, new_tokens in _within_positions(model, batch, lengths, wanted):
+                settings.max_new_tokens = new_tokens
+                written = _generate(model, [filled[index] for index in indices], settings)
+                for index, ids in zip(indices, written, strict=True):
+                    answers[index] = _read(tokenizer, ids, settings.eos_token_id)
+            if progress is not None:
+                progress("answers", done, total)
     return answers
+
+
+def _settings(model: Any, tokenizer: Any) -> GenerationConfig:
+    own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        use_cache=True,
+        eos_token_id=sorted({tokenizer.eos_token_id, *ends} - {None}),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        bos_token_id=own.bos_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+    )
+
+
+@contextmanager
+def _generating_by(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Exchange the model's generation configuration, from which `generate` fills in whatever it is not told."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _within_positions(
+    model: Any, batch: list[int], lengths: Sequence[int], wanted: Sequence[int]
+) -> Iterator[tuple[list[int], int]]:
+    """Yield a batch and its number of new tokens; if they do not fit, the prompts of each length by themselves.
+
+    So a prompt near the model's last position takes no room from the others of its batch.
+    """
+    limit = position_limit(model.config)
+    most = max(wanted[index] for index in batch)
+
+    def room(length: int) -> int:
+        if limit is None:
+            return most
+        # The last new token is never read, so it needs no position; a decoder of its own reads no prompt.
+        return limit if model.config.is_encoder_decoder else max(limit - length + 1, 1)
+
+    if most <= room(lengths[batch[0]]):
+        yield batch, most
+        return
+    for length, same in groupby(batch, key=lambda index: lengths[index]):
+        yield list(same), min(most, room(length))
+
+
+def _generate(model: Any, rows: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+    seq2seq = bool(model.config.is_encoder_decoder)
+    ids, mask = _padded(rows, settings.pad_token_id, left=not seq2seq)
+    output = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+    )
+    written: list[list[int]] = output[:, 1 if seq2seq else ids.shape[1] :].tolist()
+    return written
+
+
+def _read(tokenizer: Any, ids: list[int], ends: list[int]) -> Written:
+    length = next((position for position, token in enumerate(ids) if token in ends), None)
+    return Written(tokenizer.decode(ids[:length], skip_special_tokens=True), length is not None)
 
 
 def _padded(rows: Sequence[list[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:

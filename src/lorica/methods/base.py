@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from lorica.constrain.audit import AuditReport
+from lorica.constrain.audit_report import AuditReport
 from lorica.registry import Registry
 from lorica.subspace.calibration import Batch
 from lorica.subspace.plan import Constraint, Plan, Source

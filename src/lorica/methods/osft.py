@@ -7,7 +7,8 @@ from dataclasses import fields
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorica.constrain.audit import AuditReport, audit_weight
+from lorica.constrain.audit import audit_weight
+from lorica.constrain.audit_report import AuditReport
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.optimizer import ConstrainedOptimizer, WeightConstraint, block_constraints
 from lorica.constrain.planning import plan
@@ -40,7 +41,7 @@ class OSFT(Method):
     def begin_task(self, model: nn.Module, progress: Progress | None = None) -> None:
         asked = self.protection
         options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name != "plan"}
-        self.plan = asked.plan or plan(model, **options)
+        self.plan = asked.plan if asked.plan is not None else plan(model, **options)
         if any(entry.constraint == "block" for entry in self.plan.entries):
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in self.plan.names()}
             self._constraints = block_constraints(model, self.plan)
@@ -57,17 +58,20 @@ class OSFT(Method):
         return ConstrainedOptimizer(optimizer, self._constraints, max_grad_norm=max_grad_norm)
 
     def audit(self, model: nn.Module) -> AuditReport:
+        """Return the audit of every weight that was split; of the reduced engine's also before rounding."""
         assert self.plan is not None
         layers = protected_layers(model)
-        pairs = {name: (layer.base, layer.matrix) for name, layer in layers.items()}
-        pairs |= {name: (before, matrix_of(model.get_submodule(name))) for name, before in self._before.items()}
-        return AuditReport(
-            [
-                audit_weight(*pairs[entry.name], entry, self.plan.moment(entry.name))
-                for entry in self.plan.entries
-                if entry.name in pairs
-            ]
-        )
+        rows = []
+        for entry in self.plan.entries:
+            moment = self.plan.moment(entry.name)
+            if entry.name in layers:
+                layer = layers[entry.name]
+                layer.refresh()
+                rows.append(audit_weight(layer.base, layer.matrix, entry, moment, master_delta_MN=layer.delta()))
+            elif entry.name in self._before:
+                after = matrix_of(model.get_submodule(entry.name))
+                rows.append(audit_weight(self._before[entry.name], after, entry, moment))
+        return AuditReport(rows)
 
     def end_task(self, model: nn.Module) -> None:
         release(model)

@@ -15,7 +15,9 @@ class SeqFT(Method):
     """Plain fine-tuning of the weights that OSFT would constrain, task after task; the rest is frozen.
 
     It trains the same set of weights as OSFT, so that the two differ in the constraint alone; name
-    ``train_also`` to open embeddings, head and norms as well.
+    ``train_also`` to open embeddings, head and norms as well. Weights narrower than float32 train through a
+    float32 core, as OSFT's do (see ``lorica.protect``): in bfloat16 alone most of each small update is lost,
+    and the baseline would learn less for that reason. What ``train_also`` names trains in its own dtype.
     """
 
     summary = "plain fine-tuning of the same weights, task after task (nothing protected)"

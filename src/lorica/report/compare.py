@@ -32,7 +32,7 @@ def compare_part(runs: Sequence[RunRecord]) -> Part:
     order = "; ".join(f"{j} {task}" for j, task in enumerate(tasks, 1))
     sections = [
         Section("Learning and keeping", f"The tasks, in the order they were learned: {order}.",
-                [*_retention_figures(entries), _learning_figure(entries)]),
+                [*_retention_figures(entries), *_learning_figures(entries)]),
         Section("Every score after every task", _MATRIX_INTRO, [_matrix_figure(entry) for entry in entries]),
         _trade_section(entries),
         plan_section(entries),
@@ -104,12 +104,14 @@ def _retention_figure(entries: Sequence[Run], ability: str) -> Figure | None:
     return Figure(svg, caption, retention_table(curves))
 
 
-def _learning_figure(entries: Sequence[Run]) -> Figure:
+def _learning_figures(entries: Sequence[Run]) -> list[Figure]:
     diagonals = [list(map(_known, entry.record.matrix.diagonal)) for entry in entries]
     series = [
         Series(entry.name, entry.index, list(enumerate(diagonal, 1)))
         for entry, diagonal in zip(entries, diagonals, strict=True)
     ]
+    if not any(line.measured() for line in series):
+        return []
     caption = "Learned: the score on each new task right after learning it. Higher is better."
     rows = [[entry.label, *map(percent, diagonal)] for entry, diagonal in zip(entries, diagonals, strict=True)]
     table = Table(["right after learning", *map(str, range(1, len(diagonals[0]) + 1))], rows)
@@ -117,7 +119,7 @@ def _learning_figure(entries: Sequence[Run]) -> Figure:
         series, title="Learning", description=caption, y_title="new task, %",
         x_title="task, in the order of the stream",
     )  # fmt: skip
-    return Figure(svg, caption, table)
+    return [Figure(svg, caption, table)]
 
 
 def _matrix_figure(entry: Run) -> Figure:

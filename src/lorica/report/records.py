@@ -61,10 +61,10 @@ class Leak(_Part):
 
 
 class LossPoint(_Part):
-    """Training loss at one optimizer step."""
+    """Training loss at one optimizer step; null where it was no number."""
 
     step: int
-    loss: float
+    loss: float | None = None
     learning_rate: float | None = None
 
 
@@ -80,6 +80,14 @@ class BeforeAfter(_Part):
 
     before: Measured = Measured()
     after: Measured = Measured()
+
+
+class Data(_Part):
+    """Counts, hashes and notices of each file, by field; the report shows what it finds."""
+
+    train: dict[str, Any] = {}
+    eval: dict[str, Any] | None = None
+    retention: dict[str, dict[str, Any]] = {}
 
 
 class _Record(_Part):
@@ -140,7 +148,7 @@ class TrainRecord(_Record):
     method: str = "osft"
     scores: BeforeAfter = BeforeAfter()
     loss_curve: list[LossPoint] = []
-    data: dict[str, Any] = {}
+    data: Data = Data()
 
 
 Record = RunRecord | TrainRecord

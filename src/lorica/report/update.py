@@ -94,17 +94,29 @@ def _loss_section(entry: Entry[TrainRecord]) -> Section | None:
     curve = entry.record.loss_curve
     if not curve:
         return None
-    caption = f"Training loss over {curve[-1].step} steps, from {curve[0].loss:.3f} to {curve[-1].loss:.3f}."
+    rows = [[str(point.step), _loss(point, 4), scientific(point.learning_rate)] for point in _thinned(curve)]
+    table = Table(["step", "loss", "learning rate"], rows, 0)
+    caption = f"Training loss over {curve[-1].step} steps, from {_loss(curve[0])} to {_loss(curve[-1])}."
     series = Series("", entry.index, [(point.step, point.loss) for point in curve])
+    if not series.measured():
+        return Section("Training", "The loss was no number at any step.", table=table)
     svg = line_chart([series], title="Training loss", description=caption, x_title="optimizer step",
                      y_title="loss, nats per token", least=0.01)  # fmt: skip
-    rows = [[str(point.step), f"{point.loss:.4f}", scientific(point.learning_rate)] for point in _thinned(curve)]
-    return Section("Training", figures=[Figure(svg, caption, Table(["step", "loss", "learning rate"], rows, 0))])
+    return Section("Training", figures=[Figure(svg, caption, table)])
 
 
 def _data_section(record: TrainRecord) -> Section | None:
-    rows = [list(pair) for pair in flattened(record.data)]
-    return Section("The data", table=Table(["what", "value"], rows, left=2)) if rows else None
+    data = record.data
+    rows = flattened({name: value for name, value in data.train.items() if value not in (0, "", [])})
+    others = {"new data, scored": data.eval or {}} | {f"held out {name}": file for name, file in data.retention.items()}
+    for name, file in others.items():
+        told = {"path": file.get("path"), "rows": file.get("kept"), "sha256": file.get("sha256")}
+        rows += flattened(told, f"{name}: ")
+    return Section("The data", table=Table(["what", "value"], [*map(list, rows)], left=2)) if rows else None
+
+
+def _loss(point: LossPoint, digits: int = 3) -> str:
+    return MISSING if point.loss is None else f"{point.loss:.{digits}f}"
 
 
 def _thinned(curve: Sequence[LossPoint], most: int = 20) -> list[LossPoint]:

@@ -7,6 +7,7 @@ Everything is computed in float64; the caller rounds once, at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Split:
     v_NK: Tensor
 
 
-def split(weight_MN: Tensor, k: int, *, method: str = "gram") -> Split:
+def split(weight_MN: Tensor, k: int, *, method: Literal["gram", "svd"] = "gram") -> Split:
     """Return the top ``k`` singular triplets of a weight and its whole spectrum.
 
     ``gram`` (default) takes the eigenvectors of the Gram matrix of the short side in float64 and derives
@@ -49,10 +50,13 @@ def split(weight_MN: Tensor, k: int, *, method: str = "gram") -> Split:
 
     Raises:
         LoricaError: the weight holds NaN or inf, or k is out of range.
+        ValueError: an unknown method, or not a matrix.
 
     Source:
         arXiv 2504.07097, section 3: the split before each task.
     """
+    if method not in ("gram", "svd"):
+        raise ValueError(f"split method {method!r} is unknown; known: gram, svd")
     if weight_MN.dim() != 2:
         raise ValueError(f"split needs a matrix, got shape {tuple(weight_MN.shape)}")
     if not 0 <= k <= min(weight_MN.shape):

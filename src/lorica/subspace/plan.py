@@ -100,7 +100,9 @@ class Plan(BaseModel):
     """Input second moments by name, for ``source="activation"``. Measured, so not part of the saved data."""
 
     @model_validator(mode="after")
-    def _named_once(self) -> Self:
+    def _names_each_once(self) -> Self:
+        if not self.entries:
+            raise ValueError("entries is empty: a plan names at least one weight")
         names = list(self.names())
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -146,7 +148,7 @@ class Plan(BaseModel):
         """Read a plan that was saved, and perhaps edited.
 
         Raises:
-            LoricaError: no such file, no JSON, an unknown or missing field, or a k out of range.
+            LoricaError: no such file, no JSON, an unknown or missing field, no entries, or a k out of range.
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -25,13 +25,15 @@ def protected_directions(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor 
 
     ``weight``: the top k left and right singular vectors of W. ``activation``: the top k eigenvectors of
     the input second moment A = E[x x^T], for the input side. A side that the constraint leaves alone gets
-    zero columns (``block`` keeps both: it constrains their product).
+    zero columns (``block`` keeps both: it constrains their product), and so do both sides where k = 0.
 
     Args:
         weight_MN: W, (out, in).
         entry: source, constraint and k.
         moment_NN: A, needed for ``activation``.
     """
+    if entry.k == 0:
+        return Protected(*(torch.zeros(d, 0, dtype=torch.float64, device=weight_MN.device) for d in weight_MN.shape))
     if entry.source == "activation":
         if moment_NN is None:
             raise LoricaError(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorica.config import UpdateConfig
@@ -21,6 +21,7 @@ _NOT_GENERATIVE = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassifi
 LEFTOVERS = {"plan.json", "update.json", "rejected.jsonl"}
 """What an update that stopped before its first checkpoint leaves in its output folder."""
 
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
@@ -139,16 +140,19 @@ def _loaded(kind: Any, name: str, what: str, revision: str | None, trust_remote_
 
 @contextmanager
 def stock_configuration(model: Any) -> Iterator[None]:
-    """Put a model's configuration and generation configuration back as they came, whatever happens in between.
+    """Train a model in here and have its configuration and generation configuration as they came afterwards.
 
-    The Trainer turns ``use_cache`` off in them and copies the tokenizer's special tokens into them; both would
-    be saved with the model.
+    The Trainer turns ``use_cache`` off and copies the tokenizer's special tokens into both, and all of it would be
+    saved with the model. Its checkpoints moreover refuse a generation configuration that holds, once changed, any
+    setting without effect, as published ones do; while training the model has one of its special tokens alone.
     """
-    parts = (model.config, model.config.get_text_config(), model.generation_config)
-    before = [(part, dict(vars(part))) for part in parts if part is not None]
+    own = model.generation_config
+    before = [(part, dict(vars(part))) for part in (model.config, model.config.get_text_config())]
+    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in _SPECIAL_TOKENS})
     try:
         yield
     finally:
+        model.generation_config = own
         for part, values in before:
             vars(part).clear()
             vars(part).update(values)
