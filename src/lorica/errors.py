@@ -16,16 +16,16 @@ class LoricaError(Exception):
 
 
 class Interrupted(Exception):
-    """Training was stopped by a signal; a checkpoint of the last finished step exists.
+    """Training was stopped by a signal.
 
     Attributes:
         signum: the signal. By convention the process exits with 128 + signum.
-        checkpoint: the folder to resume from.
+        checkpoint: the folder to resume from, of the last finished step; None where nothing can be resumed.
     """
 
-    def __init__(self, signum: int, checkpoint: str) -> None:
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name}; checkpoint: {checkpoint}; go on with --resume_from_checkpoint true")
+    def __init__(self, signum: int, checkpoint: str | None = None) -> None:
+        hint = f"; checkpoint: {checkpoint}; go on with --resume_from_checkpoint true" if checkpoint else ""
+        super().__init__(f"stopped by {signal.Signals(signum).name}{hint}")
         self.signum = signum
         self.checkpoint = checkpoint
 

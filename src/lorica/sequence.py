@@ -163,8 +163,9 @@ class StreamRun:
             with stock_configuration(self.model):
                 *_, last = fit(self.model, method, data, self.tokenizer, arguments, quiet=True)
         except Interrupted as stopped:
-            shutil.rmtree(stopped.checkpoint, ignore_errors=True)  # nothing could go on from the middle of a stream
-            raise
+            if stopped.checkpoint is not None:  # nothing could go on from the middle of a stream
+                shutil.rmtree(stopped.checkpoint, ignore_errors=True)
+            raise Interrupted(stopped.signum) from None
         self.steps += int(last["step"])
         self.training_seconds += last["train_runtime"]
         self._close(method)
