@@ -110,7 +110,9 @@ def test_a_method_never_calls_backward_or_step(path: Path) -> None:
 @every_file
 def test_environment_and_state_are_left_alone(path: Path) -> None:
     changers = ("os.chdir", "sys.path.append", "sys.path.insert", "torch.set_default_dtype", "torch.set_num_threads")
-    assert not [call for call in calls(parse(path)) if ast.unparse(call.func) in changers]
+    found = [ast.unparse(call.func) for call in calls(parse(path)) if ast.unparse(call.func) in changers]
+    # A command is a process of its own and may choose its threads; a library function is a guest.
+    assert found == (["torch.set_num_threads"] if path.name == "cli.py" else [])
 
 
 def python(code: str) -> str:

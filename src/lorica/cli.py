@@ -106,7 +106,11 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Seed of the order of the training rows.")] = 0,
 ) -> None:
     """Teach a small model new tasks with and without protection, offline, and show what each forgot."""
+    import torch
+
     from lorica.demo import run_demo
+
+    torch.set_num_threads(1)  # as in the sweep; for a model this small more threads are slower
 
     run_demo(output_dir, seed=seed)
 

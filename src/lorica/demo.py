@@ -7,7 +7,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
 from lorica.data.stream import TaskStream, read_stream
@@ -33,7 +32,6 @@ def run_demo(output_dir: Path, *, seed: int = 0, say: Say = print) -> Path:
     """
     stream = read_stream(STREAM)
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(1)  # as in the sweep; for a model this small more threads are slower
     say(_introduction(stream))
     records = run(stream, str(MODEL), output_dir, seed=seed, say=say)
     page = write_report([output_dir / name / "run.json" for name in stream.methods], output_dir)
