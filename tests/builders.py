@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorica
+from lorica.methods.task import TaskData
 from lorica.subspace.plan import Constraint, Plan, PlanEntry
 
 SHAPES = {"wide": (6, 20), "tall": (20, 6), "square": (16, 16), "odd": (17, 13), "one-row": (1, 9)}
@@ -200,3 +201,26 @@ def train(
 def trainable(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that train."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class BatchRows(torch.utils.data.Dataset[dict[str, list[int]]]):
+    """Random rows as a method sees them; collating all of them gives one batch of the model's."""
+
+    def __init__(self, model: nn.Module, seed: int = 0, rows: int = 12) -> None:
+        self.whole = batch(model, seed, rows)
+
+    def __len__(self) -> int:
+        return len(self.whole["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {key: value[index].tolist() for key, value in self.whole.items()}
+
+
+def task_of(model: nn.Module, index: int = 0, count: int = 2, rows: int = 12) -> TaskData:
+    """Return one task of a stream of random rows, different for each index."""
+
+    def collate(rows: Any) -> dict[str, Tensor]:
+        return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+    data = BatchRows(model, seed=1000 + index, rows=rows)
+    return TaskData(name=f"task-{index}", index=index, count=count, rows=data, collate=collate)

@@ -24,7 +24,7 @@ _HOMES = {
     "plan": "lorica.constrain.planning",
     "protect": "lorica.constrain.protect",
     "release": "lorica.constrain.protect",
-    "run": "lorica.sequence",
+    "run": "lorica.experiments.story",
     "train": "lorica.update",
 }
 """Where each public name lives. They are imported on first use, so that ``lorica --help`` needs no torch."""

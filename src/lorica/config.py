@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
@@ -15,13 +15,16 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, did_you_mean
 
 MAX_CONFIG_BYTES = 1_000_000
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def _count_or_share(value: Any) -> Any:
@@ -32,6 +35,9 @@ def _count_or_share(value: Any) -> Any:
 
 Amount = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_share)]
 """A count of directions (an int) or a share of them (a float): 1 is one direction, 1.0 is all."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A share of directions: 0 is none, 1 is all."""
 
 
 class UpdateConfig(BaseModel):
@@ -61,8 +67,16 @@ class UpdateConfig(BaseModel):
     retention_file: list[str] = []
     """Rows of what the model can do already: scored before and after, to see what was lost. Repeatable."""
 
+    max_forgetting: float | None = Field(default=None, ge=0, le=100)
+    """Reject the update if a retention file loses more than so many points of exact match: the model is kept aside
+    in OUT/rejected, and the exit status is 3."""
+
     method: str = "osft"
-    """osft: train only in the free directions of each weight. seqft: plain fine-tuning of the same weights."""
+    """osft: train only in the free directions of each weight. seqft: plain fine-tuning of the same weights. Others:
+    lorica list."""
+
+    method_options: dict[str, Any] = {}
+    """NAME=VALUE: options of the method that are not below, such as r=16 for lora. Repeatable."""
 
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
     """Share of each weight's directions that may change: 0 nothing, 1 everything; 0.25 if nothing is given."""
@@ -76,11 +90,12 @@ class UpdateConfig(BaseModel):
     ranks: Literal["uniform", "importance", "energy", "effective-rank"] = "uniform"
     """How the protected share is handed out: uniform, importance, energy or effective-rank."""
 
-    source: Literal["weight", "activation"] = "weight"
-    """What is protected: weight (top singular directions, the paper) or activation (principal inputs)."""
+    source: Literal["weight", "activation", "hybrid"] = "weight"
+    """What is protected: weight (top singular directions, the paper), activation (principal inputs) or hybrid
+    (both)."""
 
     constraint: Literal["two-sided", "input", "output", "block"] | None = None
-    """two-sided (default for weight), input (default for activation), output or block."""
+    """two-sided (default for weight), input (default for activation and hybrid), output or block."""
 
     mrr: float | None = None
     """Minimum retention ratio of the importance ranks; 0.1 if nothing is given."""
@@ -89,11 +104,24 @@ class UpdateConfig(BaseModel):
     """Target retention ratio of the importance ranks; 0.8 if nothing is given."""
 
     calibration: Literal["self", "random"] | None = None
-    """What calibrates importance and activation: text the model writes by itself (self; the default for causal
-    models) or random tokens (random; for encoder-decoders). Neither needs data."""
+    """What calibrates importance, activation and hybrid: text the model writes by itself (self; the default for
+    causal models) or random tokens (random; for encoder-decoders and encoders). Neither needs data."""
 
     calibration_file: str | None = None
-    """Rows whose inputs calibrate importance and activation, instead of calibration."""
+    """Rows whose inputs calibrate importance, activation and hybrid, instead of calibration."""
+
+    rank_schedule: list[Share] | None = None
+    """Protected share of each update in order, 0 to 1, instead of unfreeze_rank_ratio; the last holds for all further
+    ones. Repeatable."""
+
+    protect_learned: float | None = Field(default=None, ge=0, le=1)
+    """Protect besides what earlier updates learned: so many of its top directions, as a share of each weight's."""
+
+    remember_inputs: bool = False
+    """Count what the inputs of earlier updates were to the calibration of activation and hybrid."""
+
+    remember_rows: int = Field(default=64, ge=1)
+    """How many training rows stand for the inputs of an update, for remember_inputs."""
 
     plan_file: str | None = None
     """A saved, perhaps edited plan, instead of the options above."""
@@ -170,6 +198,8 @@ class UpdateConfig(BaseModel):
             raise ValueError("give what to learn: --train_file FILE, or --dataset_name NAME (one of them)")
         if self.calibration is not None and self.calibration_file is not None:
             raise ValueError("--calibration and --calibration_file say the same thing; give one of them")
+        if self.max_forgetting is not None and not self.retention_file:
+            raise ValueError("--max_forgetting needs --retention_file: rows of what must not be forgotten")
         return self
 
     @property
@@ -177,15 +207,16 @@ class UpdateConfig(BaseModel):
         """What is learned: the file or the data set's name."""
         return self.train_file or self.dataset_name or ""
 
-    @field_validator("rank_pattern", mode="before")
+    @field_validator("rank_pattern", "method_options", mode="before")
     @classmethod
-    def _pairs(cls, value: Any) -> Any:
+    def _pairs(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, list):
             return value
         pairs = [str(item).rpartition("=") for item in value]
-        if not all(pattern for pattern, _, _ in pairs):
-            raise ValueError("expected PATTERN=AMOUNT, as in mlp.down_proj=0.9")
-        return {pattern: amount for pattern, _, amount in pairs}
+        if not all(name for name, _, _ in pairs):
+            form = "PATTERN=AMOUNT, as in mlp.down_proj=0.9" if info.field_name == "rank_pattern" else "NAME=VALUE"
+            raise ValueError(f"expected {form}")
+        return {name: amount for name, _, amount in pairs}
 
 
 def build_config(values: dict[str, Any]) -> UpdateConfig:
@@ -208,7 +239,22 @@ def build_config(values: dict[str, Any]) -> UpdateConfig:
     try:
         return UpdateConfig.model_validate(own | {"training": training})
     except ValidationError as error:
-        raise LoricaError(_explain(error)) from error
+        raise LoricaError(explain(error)) from error
+
+
+def validated(kind: type[Model], values: dict[str, Any]) -> Model:
+    """Return the configuration that values by name stand for; every name must be a field.
+
+    Raises:
+        LoricaError: a required field is missing, a name is unknown or a value is unusable.
+    """
+    for name in values:
+        if name not in kind.model_fields:
+            raise LoricaError(f"unknown option --{name}.{did_you_mean(name, kind.model_fields)}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise LoricaError(explain(error)) from error
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -253,7 +299,7 @@ def parse_options(arguments: list[str]) -> dict[str, str | bool]:
     return values
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":

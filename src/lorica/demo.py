@@ -9,18 +9,20 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from lorica.data.stream import TaskStream, read_stream
+from lorica.benchmarks import find_stream
+from lorica.data.stream import TaskStream
+from lorica.experiments.story import Say, run
 from lorica.report import side_by_side, write_report
 from lorica.report.text import metrics_table
 from lorica.scores import ScoreMatrix
-from lorica.sequence import Say, run
 
 MODEL = Path(str(files("lorica"))) / "assets" / "demo_model"
-STREAM = Path(str(files("lorica"))) / "benchmarks" / "demo" / "stream.yaml"
+METHODS = ("seqft", "osft")
+"""The two that the demo shows; the stream has settings for every method."""
 
 
 def run_demo(output_dir: Path, *, seed: int = 0, say: Say = print) -> Path:
-    """Run the demo's stream with every method it has settings for, print what each learned and lost.
+    """Run the demo's stream with and without protection, print what each learned and lost.
 
     Args:
         output_dir: gets ``<method>/run.json``, ``report.html`` and ``report.md``.
@@ -30,11 +32,18 @@ def run_demo(output_dir: Path, *, seed: int = 0, say: Say = print) -> Path:
     Returns:
         The path of the report.
     """
-    stream = read_stream(STREAM)
+    stream = find_stream("demo")
     transformers_logging.disable_progress_bar()
     say(_introduction(stream))
-    records = run(stream, str(MODEL), output_dir, seed=seed, say=say)
-    page = write_report([output_dir / name / "run.json" for name in stream.methods], output_dir)
+    config = {
+        "stream": "demo",
+        "model_name_or_path": str(MODEL),
+        "output_dir": str(output_dir),
+        "methods": list(METHODS),
+        "seeds": [seed],
+    }
+    records = run(config, say)
+    page = write_report([output_dir / name / "run.json" for name in METHODS], output_dir)
     say("")
     say(_tables(records))
     say(f"\nreport: {page}")
@@ -45,7 +54,8 @@ def _introduction(stream: TaskStream) -> str:
     lines = [stream.description.strip(), "", "The stream, one task after the other:"]
     lines += [f"  {task.name:9} {task.description}" for task in stream.tasks]
     lines += [f"Held out, never trained on: {ability.name} ({ability.description})" for ability in stream.held_out]
-    lines += [f"Method: {one.label}, learning rate {one.learning_rate:g}" for one in stream.methods.values()]
+    chosen = [stream.methods[name] for name in METHODS]
+    lines += [f"Method: {one.title}, learning rate {one.learning_rate:g}" for one in chosen]
     return "\n".join([*lines, ""])
 
 

@@ -20,12 +20,14 @@ class Interrupted(Exception):
 
     Attributes:
         signum: the signal. By convention the process exits with 128 + signum.
-        checkpoint: the folder to resume from, of the last finished step; None where nothing can be resumed.
+        checkpoint: the folder to resume from, of the last finished step; None where there is none.
+        hint: how to go on; by default from the checkpoint.
     """
 
-    def __init__(self, signum: int, checkpoint: str | None = None) -> None:
-        hint = f"; checkpoint: {checkpoint}; go on with --resume_from_checkpoint true" if checkpoint else ""
-        super().__init__(f"stopped by {signal.Signals(signum).name}{hint}")
+    def __init__(self, signum: int, checkpoint: str | None = None, *, hint: str = "") -> None:
+        if checkpoint and not hint:
+            hint = f"checkpoint: {checkpoint}; go on with --resume_from_checkpoint true"
+        super().__init__(f"stopped by {signal.Signals(signum).name}" + (f"; {hint}" if hint else ""))
         self.signum = signum
         self.checkpoint = checkpoint
 

@@ -50,11 +50,10 @@ class Inputs:
         self._note_overlaps()
 
     def calibration(self) -> list[Batch] | str | None:
-        """Return what ``lorica.plan`` is to calibrate on; None where it needs nothing."""
+        """Return what the method is told to calibrate on; None where it is to choose by itself, if at all."""
         config = self.config
         if config.calibration_file is None:
-            needed = config.source == "activation" or config.ranks == "importance"
-            return config.calibration or (("random" if self.seq2seq else "self") if needed else None)
+            return config.calibration
         data = self._load(config.calibration_file)
         collate = Collator(self.tokenizer, seq2seq=self.seq2seq)
         rows = [data[index] for index in range(min(len(data), CALIBRATION_ROWS))]

@@ -11,11 +11,22 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from lorica.config import UpdateConfig, build_config
+from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score, evaluate
 from lorica.inputs import Inputs
-from lorica.methods import METHODS, Protection
+from lorica.lineage import (
+    check_forgetting,
+    check_single_update,
+    forgotten,
+    keep_memory,
+    read_lineage,
+    set_aside,
+    weights_sha256,
+)
+from lorica.memory import size_of
+from lorica.methods import METHODS, Protection, TaskData
 from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, redacted, write_json
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
@@ -33,6 +44,7 @@ from lorica.training.models import (
     load_model_config,
     load_tokenizer,
     make_output_dir,
+    model_width,
     position_limit,
     save_model,
     stock_configuration,
@@ -77,42 +89,51 @@ class Update:
         self.model_config = load_model_config(config)
         self.seq2seq = bool(self.model_config.is_encoder_decoder)
         self.arguments = training_arguments(
-            config.training, config.output_dir, hidden_size=width(self.model_config), seq2seq=self.seq2seq
+            config.training, config.output_dir, hidden_size=model_width(self.model_config), seq2seq=self.seq2seq
         )
         check_trackers(self.arguments)
         self.inputs = Inputs(
             config, self.tokenizer, seq2seq=self.seq2seq, position_limit=position_limit(self.model_config)
         )
-        self.method = METHODS[config.method](self._protection())
+        self.method = METHODS[config.method].build(self._method_options())
+        self.lineage = read_lineage(config.model_name_or_path)
+        check_single_update(config.method)
+        check_forgetting(config.max_forgetting, self.inputs.retention)
         if self.resume is not None:
             check_identity(Path(config.output_dir), self._identity())
 
     def run(self) -> dict[str, Any]:
         """Carry the update out and return its record."""
         set_seed(self.arguments.seed)
+        self.method.load_state_dict(self.lineage.memory(self.config.method))
         model = load_model(self.config, self.model_config, self.arguments.device)
         for line in self.inputs.describe():
             self.say(line)
-        plan = self._protect(model)
+        plan = self._begin(model)
         output_dir = make_output_dir(self.config.output_dir)
         write_identity(output_dir, self._identity())
-        plan.save(output_dir / "plan.json")
+        if plan is not None:
+            plan.save(output_dir / "plan.json")
         self.inputs.write_rejected(output_dir)
         before = self._scores(model, "before")
         self.say(self._settings())
         with stock_configuration(model):
             log = fit(
-                model, self.method, self.inputs.train, self.tokenizer, self.arguments,
-                eval_dataset=self.inputs.eval, resume_from_checkpoint=self.resume,
+                model, self.method, self.method.training_data(self._task()), self.tokenizer, self._task().collate,
+                self.arguments, eval_dataset=self.inputs.eval, resume_from_checkpoint=self.resume,
             )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         audit = self.method.audit(model)
         if audit is not None:
             self.say(audit.verdict())
-        self.method.end_task(model)
+        self.method.end_task(model, self._task())
         save_model(model, self.tokenizer, output_dir)  # before scoring: what was trained is safe
+        keep_memory(output_dir, self.method.state_dict())
         after = self._scores(model, "after")
         record = self._settled(plan, log, before, after) | {
+            "parent": self.lineage.to_json(),
+            "weights_sha256": weights_sha256(output_dir),
+            "carried_bytes": size_of(self.method.state_dict()),
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
             "cost": {
@@ -124,32 +145,54 @@ class Update:
         self._finish(output_dir, record)
         return record
 
-    def _protect(self, model: Any) -> Plan:
-        self.method.begin_task(model, progress=progress_bar("splitting weights"))
-        plan = self.method.plan
-        assert plan is not None
-        self.say(str(plan))
-        return plan
+    def _begin(self, model: Any) -> Plan | None:
+        self.method.begin_task(model, self._task(), progress=progress_bar("splitting weights"))
+        if self.method.plan is not None:
+            self.say(str(self.method.plan))
+        return self.method.plan
 
     def _finish(self, output_dir: Path, record: dict[str, Any]) -> None:
+        record["rejected"] = forgotten(record["scores"], self.config.max_forgetting)
+        kept = set_aside(output_dir) if record["rejected"] else output_dir
         write_json(output_dir / "lorica.json", record)
         page = write_report([output_dir / "lorica.json"], output_dir)
         if not self.keeps_checkpoints:
             remove_checkpoints(output_dir)
         for line in comparison(record["scores"]["before"], record["scores"]["after"]):
             self.say(line)
-        self.say(f"model: {output_dir}   record: {output_dir / 'lorica.json'}   report: {page}")
+        for name, points in record["rejected"].items():
+            self.say(f"rejected: {name} lost {points:.1f} points, and --max_forgetting is {self.config.max_forgetting:g}")
+        self.say(f"model: {kept}   record: {output_dir / 'lorica.json'}   report: {page}")
 
-    def _protection(self) -> Protection:
-        names = {f.name for f in fields(Protection)} - {"calibration", "plan"}
-        given: dict[str, Any] = {name: getattr(self.config, name) for name in names}
-        return Protection(**given, calibration=self.inputs.calibration(), plan=self.plan)  # type: ignore[arg-type]
+    def _method_options(self) -> dict[str, Any]:
+        """Return the options of the method: those of the configuration that were given, and its own.
+
+        Raises:
+            LoricaError: an option that the method does not have.
+        """
+        config = self.config
+        names = {f.name for f in fields(Protection)} & UpdateConfig.model_fields.keys() - {"calibration"}
+        defaults = {name: UpdateConfig.model_fields[name].get_default(call_default_factory=True) for name in names}
+        given = {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
+        given |= {"calibration": self.inputs.calibration(), "plan": self.plan}
+        known = {f.name for f in fields(METHODS[config.method].options_type)}
+        for name in sorted(given.keys() - known):
+            if given.pop(name) is not None:
+                raise LoricaError(f"{name} has no effect with method {config.method!r}")
+        return given | config.method_options
+
+    def _task(self) -> TaskData:
+        rows = self.inputs.train
+        collate = Collator(self.tokenizer, seq2seq=self.seq2seq)
+        index = self.lineage.updates
+        return TaskData(Path(self.config.source_of_rows).stem, index, index + 1, rows, collate, self.arguments.seed)
 
     def _identity(self) -> dict[str, Any]:
         """Return everything on which the trained weights depend."""
         not_weights = {"output_dir", "eval_file", "retention_file", "training", "skip_invalid_rows"}
         own = self.config.model_dump(mode="json", exclude=not_weights)
-        return own | trajectory(self.arguments) | {"sha256 of the training rows": self.inputs.train.sha256}
+        rows = {"sha256 of the training rows": self.inputs.train.sha256}
+        return own | trajectory(self.arguments) | rows | {"sha256 of the model": self.lineage.weights_sha256}
 
     def _scores(self, model: Any, when: str) -> dict[str, Any]:
         size = self.arguments.per_device_eval_batch_size
@@ -169,7 +212,7 @@ class Update:
         rows = a.per_device_train_batch_size * a.gradient_accumulation_steps
         return f"training: learning rate {a.learning_rate:.2g}, {length}, {rows} rows a step, seed {a.seed}"
 
-    def _settled(self, plan: Plan, log: list[dict[str, float]], before: Any, after: Any) -> dict[str, Any]:
+    def _settled(self, plan: Plan | None, log: list[dict[str, float]], before: Any, after: Any) -> dict[str, Any]:
         """Return the part of the record that needs no measuring."""
         config = self.config
         return {
@@ -187,7 +230,7 @@ class Update:
                 if "loss" in row
             ],
             "data": redacted(self.inputs.summaries()),
-            "plan": plan.records(),
+            "plan": plan.records() if plan else [],
             "config": redacted(config.model_dump(mode="json")),
             "training_arguments": redacted(self.arguments.to_sanitized_dict()),
             **environment(),
@@ -207,13 +250,6 @@ def progress_bar(what: str) -> Callable[[str, int, int], None]:
             bar.close()
 
     return advance
-
-
-def width(model_config: Any) -> int | None:
-    """Return the model's hidden size, or None if its configuration does not tell."""
-    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    sizes = (getattr(text, name, None) for name in ("hidden_size", "d_model", "n_embd"))
-    return next((int(size) for size in sizes if size), None)
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -140,21 +138,3 @@ def test_every_label_is_one_word_of_the_dictionary(tokenizer: Any) -> None:
         for row in week.train:
             assert row.completion.strip() in VOCABULARY
             assert len(tokenizer(row.completion, add_special_tokens=False)["input_ids"]) == 1
-
-
-def _script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@given(st.dictionaries(st.floats(1e-5, 1e-1), st.lists(st.floats(0, 100), min_size=2, max_size=2), min_size=1))
-def test_the_sweep_chooses_the_smallest_rate_within_a_point_of_the_best(learned: dict[float, list[float]]) -> None:
-    rows = [{"learning_rate": rate, "learning_accuracy": value} for rate, values in learned.items() for value in values]
-    means = {rate: sum(values) / 2 for rate, values in learned.items()}
-    chosen = _script("demo_sweep").choose(rows)
-    assert means[chosen] >= max(means.values()) - 1
-    assert all(means[rate] < max(means.values()) - 1 for rate in means if rate < chosen)

@@ -188,7 +188,7 @@ class TestSeq2Seq:
         row = one(Pair("f:1", "hello", "there"), t5, seq2seq=True)
         assert (t5.decode(row.input_ids), t5.decode(row.labels)) == ("hello</s>", "there</s>")
         assert row.prompt_ids == row.input_ids
-        assert render(row, t5, seq2seq=True) == "hello</s> -> «there</s>»"
+        assert render(row, t5, "seq2seq") == "hello</s> -> «there</s>»"
 
     def test_source_is_cut_on_the_left_and_keeps_its_end(self, make_tokenizer):
         t5 = make_tokenizer(bos=False, eos_suffix=True)

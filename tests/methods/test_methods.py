@@ -15,13 +15,13 @@ from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, Method, Protection
 from lorica.subspace.basis import free_basis
-from tests.builders import batch, matrix, tiny, train, trainable
+from tests.builders import batch, matrix, task_of, tiny, train, trainable
 
 
 def learnt(name: str, model: nn.Module, lr: float = 5e-3, **protection: object) -> Method:
     """Return a method that has begun a task and trained it."""
-    method = METHODS[name](Protection(**protection))  # type: ignore[arg-type]
-    method.begin_task(model)
+    method = METHODS[name].build(protection)
+    method.begin_task(model, task_of(model))
     optimizer = method.wrap_optimizer(AdamW(trainable(model), lr=lr), max_grad_norm=0.0)
     train(model, optimizer, 3, partial(batch, model))
     return method
@@ -32,7 +32,7 @@ def test_an_emptied_plan_does_not_train_the_default_one() -> None:
     plan = lorica.plan(model)
     plan.entries.clear()
     with pytest.raises(LoricaError, match="the plan has no entries"):
-        METHODS["osft"](Protection(plan=plan)).begin_task(model)
+        METHODS["osft"](Protection(plan=plan)).begin_task(model, task_of(model))
     assert not protected_layers(model)
 
 
@@ -99,7 +99,7 @@ def test_seqft_trains_what_osft_trains_in_float32(dtype: torch.dtype) -> None:
     method = learnt("seqft", model)
     assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
     assert method.audit(model) is None
-    method.end_task(model)
+    method.end_task(model, task_of(model))
     planned = {f"{name}.weight" for name in lorica.plan(model).names()}
     for name, parameter in model.named_parameters():
         assert parameter.dtype == dtype

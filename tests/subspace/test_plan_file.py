@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.errors import LoricaError
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import Constraint, Plan, PlanEntry
 
 
 def plan() -> Plan:
@@ -19,6 +20,7 @@ def plan() -> Plan:
             PlanEntry(name="a", shape=(6, 4), k=3, why="by hand"),
             PlanEntry(name="b", shape=(6, 4), k=4, constraint="output"),
             PlanEntry(name="c", shape=(3, 8), k=8, source="activation", constraint="input"),
+            PlanEntry(name="d", shape=(6, 4), k=1, source="hybrid", learned=(2, 1), why="by hand"),
         ],
         train_also=["norm"],
     )
@@ -32,7 +34,7 @@ def test_round_trip_keeps_everything(tmp_path: Path) -> None:
 def test_the_file_has_one_line_per_weight(tmp_path: Path) -> None:
     plan().save(tmp_path / "plan.json")
     lines = (tmp_path / "plan.json").read_text(encoding="utf-8").splitlines()
-    assert sum('"name"' in line for line in lines) == 3
+    assert sum('"name"' in line for line in lines) == 4
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
@@ -63,6 +65,12 @@ def _edited(tmp_path: Path, edit: Any) -> Path:
         (lambda d: d["entries"][0].update(k=float("nan")), r"entries\.0\.k"),
         (lambda d: d["entries"][1].update(constraint="both"), r"entries\.1\.constraint"),
         (lambda d: d["entries"][2].update(constraint="two-sided"), "source 'activation' knows directions"),
+        (lambda d: d["entries"][3].update(constraint="block"), "source 'hybrid' is for constraint 'input'"),
+        (lambda d: d["entries"][3].update(k=5), r"d: k = 5 is out of range for shape \(6, 4\): 0 to 4"),
+        (lambda d: d["entries"][3].update(learned=[6, 0]), r"d: learned = \[6, 0\] does not fit shape \(6, 4\)"),
+        (lambda d: d["entries"][3].update(learned=[0, -1]), r"d: learned = \[0, -1\] does not fit"),
+        (lambda d: d["entries"][1].update(learned=[0, 1]), r"b: learned = \[0, 1\] .* constraint 'output'"),
+        (lambda d: d["entries"][2].update(learned=[1, 0]), r"c: learned = \[1, 0\] .* constraint 'input'"),
         (lambda d: d["entries"][1].update(name="a"), "a is planned twice"),
         (lambda d: d["entries"][0].pop("shape"), r"entries\.0\.shape: Field required"),
         (lambda d: d.update(schema_version=2), "schema_version"),
@@ -92,5 +100,34 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_the_table_has_a_row_per_weight_and_the_totals() -> None:
     text = str(plan())
-    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["a", "b", "c"]
-    assert "72 numbers, 11 free (15.3%); trained freely as well: norm" in text
+    assert [line.split()[0] for line in text.splitlines()[1:5]] == ["a", "b", "c", "d"]
+    assert "96 numbers, 17 free (17.7%); trained freely as well: norm" in text
+    assert "by hand; learned before: 2 output, 1 input directions" in text
+
+
+def test_learned_directions_are_not_free() -> None:
+    free = {c: PlanEntry(name="w", shape=(6, 4), k=1, constraint=c).free for c in get_args(Constraint)}
+    assert free == {"two-sided": 15, "input": 18, "output": 20, "block": 23}
+    learned = {"two-sided": (2, 1), "input": (0, 1), "output": (2, 0), "block": (2, 1)}
+    free = {c: PlanEntry(name="w", shape=(6, 4), k=1, constraint=c, learned=learned[c]).free for c in learned}
+    assert free == {"two-sided": 3 * 2, "input": 6 * 2, "output": 3 * 4, "block": 24 - 3 * 2}
+
+
+def test_an_older_file_knows_no_learned_directions(tmp_path: Path) -> None:
+    path = _edited(tmp_path, lambda d: [entry.pop("learned") for entry in d["entries"]])
+    assert {entry.learned for entry in Plan.load(path).entries} == {(0, 0)}
+
+
+def test_what_is_measured_is_attached_to_a_copy() -> None:
+    bare = plan()
+    pair = torch.eye(6)[:, :5], torch.eye(4)[:, :2]
+    attached = bare.with_measured(moments={"a": torch.eye(4)}, learned={"a": pair, "b": pair})
+    assert [entry.learned for entry in attached.entries] == [(3, 1), (2, 0), (0, 0), (0, 0)]  # a has room for (3, 1)
+    assert attached.learned("a") is pair
+    assert attached.moment("a") is not None
+    assert bare.learned("a") is bare.moment("a") is None
+    assert bare == plan()
+    again = attached.with_measured(learned={})
+    assert again.moment("a") is not None
+    assert again.learned("a") is None
+    assert {entry.learned for entry in again.entries} == {(0, 0)}

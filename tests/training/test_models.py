@@ -79,7 +79,7 @@ def halve(file: Path) -> None:
 )
 def test_a_damaged_model_is_one_message(damage: Callable[[Path], Any], what: str, model_copy: Path) -> None:
     damage(model_copy)
-    with pytest.raises(LoricaError, match=f"^--model_name_or_path {model_copy}: cannot load the {what}"):
+    with pytest.raises(LoricaError, match=f"^model {model_copy}: cannot load the {what}"):
         read_all(model_copy)
 
 

@@ -16,7 +16,7 @@ from lorica.constrain.checkpoint import Stripped, Weights, open_weights, prefix_
 from lorica.constrain.planning import UNFREEZE_RANK_RATIO
 from lorica.constrain.targets import is_target_key, natural_order
 from lorica.errors import LoricaError
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import MEASURED, Pair, Plan, PlanEntry
 from lorica.subspace.ranks import share_to_count
 from lorica.subspace.sources import Protected, protected_directions
 
@@ -71,6 +71,7 @@ def audit_weight(
     after_MN: Tensor,
     entry: PlanEntry,
     moment_NN: Tensor | None = None,
+    learned: Pair | None = None,
     *,
     master_delta_MN: Tensor | None = None,
 ) -> AuditRow:
@@ -79,13 +80,14 @@ def audit_weight(
     Args:
         before_MN, after_MN: (out, in), in the dtypes they are stored in.
         entry: what was to be protected.
-        moment_NN: input second moment, for ``source="activation"``.
+        moment_NN: input second moment, for the sources that need calibration.
+        learned: directions of finished tasks that were to be protected besides.
         master_delta_MN: the change before it was added to the weight and rounded to the stored dtype
             (``SubspaceLayer.delta``), where it is known.
     """
     if before_MN.shape != after_MN.shape:
         raise LoricaError(f"{entry.name}: shape {tuple(before_MN.shape)} before and {tuple(after_MN.shape)} after")
-    directions = protected_directions(before_MN, entry, moment_NN)
+    directions = protected_directions(before_MN, entry, moment_NN, learned)
     before = before_MN.double()
     delta = after_MN.double() - before
     leak_u, leak_v = _leaks(delta, directions, entry.constraint)
@@ -154,7 +156,7 @@ def audit(
     Raises:
         LoricaError: no safetensors, no weight in common, a weight that the plan names is missing or has
             another shape, both a plan and a ratio are given, or the plan's directions cannot be recomputed
-            from the weights (``activation`` without calibration).
+            from the weights (``activation`` and ``hybrid`` without calibration, what finished tasks learned).
     """
     if plan is not None and unfreeze_rank_ratio is not None:
         raise LoricaError("plan and unfreeze_rank_ratio both say what was protected; give one of them")
@@ -173,7 +175,8 @@ def audit(
         raise LoricaError(f"{old} and {new} have no tensor in common: {_example(old)} against {_example(new)}")
     rows = []
     for done, (key, entry) in enumerate(zip(planned, plan.entries, strict=True), start=1):
-        rows.append(audit_weight(old.matrix(key), new.matrix(key), entry, plan.moment(entry.name)))
+        known = (plan.moment(entry.name), plan.learned(entry.name))
+        rows.append(audit_weight(old.matrix(key), new.matrix(key), entry, *known))
         if progress:
             progress(entry.name, done, len(plan))
     differences = _differences(old, new)
@@ -192,11 +195,14 @@ def _example(weights: Weights) -> str:
 
 
 def _check_directions_are_known(plan: Plan, new: Weights) -> None:
-    measured = [e.name for e in plan.entries if e.k and e.source == "activation" and plan.moment(e.name) is None]
-    if measured:
+    unmeasured = [e.name for e in plan.entries if e.k and e.source in MEASURED and plan.moment(e.name) is None]
+    unlearned = [e.name for e in plan.entries if any(e.learned) and plan.learned(e.name) is None]
+    missing = unmeasured or unlearned
+    if missing:
+        what = "input directions that were measured while training" if unmeasured else "directions of finished tasks"
         raise LoricaError(
-            f"{new}: the plan protects input directions that were measured while training ({measured[0]} and "
-            f"{len(measured) - 1} more) and are not in the weights; the audit made then is in lorica.json under "
+            f"{new}: the plan protects {what} ({missing[0]} and "
+            f"{len(missing) - 1} more), which are not in the weights; the audit made then is in lorica.json under "
             "'leakage'. To audit the weights' own top directions, give unfreeze_rank_ratio instead of a plan"
         )
 

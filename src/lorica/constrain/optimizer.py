@@ -7,7 +7,7 @@ gradient lies in. So the weights themselves are put back after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,23 @@ class WeightConstraint(Protocol):
 
     def retract(self, weight: Tensor) -> Tensor:
         """Return the nearest weight (stored layout) in the set."""
+        ...
+
+
+class JointConstraint(Protocol):
+    """A set of weights of several layers together, where no layer's part can be told without the others."""
+
+    @property
+    def parameters(self) -> Sequence[nn.Parameter]:
+        """The weights, in the order of the lists below."""
+        ...
+
+    def project(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the part of the gradients, one per parameter, that leads along the set."""
+        ...
+
+    def retract(self, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the nearest weights, one per parameter, in the set."""
         ...
 
 
@@ -66,7 +83,7 @@ class Block:
 def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, WeightConstraint]:
     """Return the ``block`` constraint of each planned weight, and freeze everything the plan does not train.
 
-    Give the result to :class:`ConstrainedOptimizer`; entries with k = 0 train plainly and have none.
+    Give the result to :class:`ConstrainedOptimizer`; entries that protect nothing train plainly and have none.
 
     Raises:
         LoricaError: the plan does not fit the model, holds another constraint, or a weight is narrower than
@@ -81,8 +98,8 @@ def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Weight
             raise LoricaError(f"{entry.name}: constraint {entry.constraint!r} is held by lorica.protect")
         if weight_MN.dtype not in (torch.float32, torch.float64):
             raise LoricaError(f"{entry.name} is {weight_MN.dtype}; constraint 'block' needs float32 weights")
-        if entry.k:
-            u_MK, v_NK = protected_directions(weight_MN, entry)
+        if any(entry.protected):
+            u_MK, v_NK = protected_directions(weight_MN, entry, learned=plan.learned(entry.name))
             transposed = WRAPPERS[type(module)].transposed
             constraints[module.get_parameter("weight")] = Block(weight_MN, u_MK, v_NK, transposed=transposed)
     freeze_all_but(model, plan, [targets[name].get_parameter("weight") for name in plan.names()])
@@ -98,6 +115,7 @@ class ConstrainedOptimizer(Optimizer):
     Args:
         inner: the optimizer that steps. It is hooked, so do not go on using it unconstrained.
         constraints: by parameter; parameters without one are stepped plainly.
+        joint: a constraint on several parameters together, if there is one; none of them is in ``constraints``.
         max_grad_norm: clip all gradients of the inner optimizer to this norm after projecting. Clipping
             earlier, as a Trainer would, counts gradient that is then thrown away.
     """
@@ -107,14 +125,17 @@ class ConstrainedOptimizer(Optimizer):
         inner: Optimizer,
         constraints: Mapping[nn.Parameter, WeightConstraint],
         *,
+        joint: JointConstraint | None = None,
         max_grad_norm: float | None = None,
     ) -> None:
         held = {id(parameter) for group in inner.param_groups for parameter in group["params"]}
-        strangers = sum(id(parameter) not in held for parameter in constraints)
+        constrained = [*constraints, *(joint.parameters if joint else ())]
+        strangers = sum(id(parameter) not in held for parameter in constrained)
         if strangers:
-            raise LoricaError(f"{strangers} of the {len(constraints)} constrained weights are not in the optimizer")
+            raise LoricaError(f"{strangers} of the {len(constrained)} constrained weights are not in the optimizer")
         self.inner = inner
         self.constraints = dict(constraints)
+        self.joint = joint
         self.max_grad_norm = max_grad_norm
         inner.register_step_pre_hook(lambda *_: self.project_gradients())
         inner.register_step_post_hook(lambda *_: self.retract_weights())
@@ -130,15 +151,31 @@ class ConstrainedOptimizer(Optimizer):
         for parameter, constraint in self.constraints.items():
             if parameter.grad is not None:
                 parameter.grad.copy_(constraint.project(parameter.grad))
+        if self.joint is not None:
+            self._project_jointly(self.joint)
         if self.max_grad_norm:
             everything = [parameter for group in self.param_groups for parameter in group["params"]]
             nn.utils.clip_grad_norm_(everything, self.max_grad_norm)
+
+    @staticmethod
+    def _project_jointly(joint: JointConstraint) -> None:
+        if all(parameter.grad is None for parameter in joint.parameters):
+            return
+        for parameter in joint.parameters:
+            if parameter.grad is None:  # its share of the projection is not zero
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in joint.parameters if parameter.grad is not None]
+        for gradient, kept in zip(gradients, joint.project(gradients), strict=True):
+            gradient.copy_(kept)
 
     @torch.no_grad()
     def retract_weights(self) -> None:
         """Put each weight back on its constraint. Runs by itself after each step."""
         for parameter, constraint in self.constraints.items():
             parameter.copy_(constraint.retract(parameter))
+        if self.joint is not None:
+            for parameter, weight in zip(self.joint.parameters, self.joint.retract(self.joint.parameters), strict=True):
+                parameter.copy_(weight)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         return self.inner.step(None if closure is None else lambda: self._projected(closure))

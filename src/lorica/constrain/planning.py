@@ -13,7 +13,10 @@ from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace import ranks as policies
 from lorica.subspace.calibration import Batch, InputStatistics, observe, own_text, random_tokens
 from lorica.subspace.linalg import singular_values
-from lorica.subspace.plan import Constraint, Plan, PlanEntry, Source
+from lorica.subspace.plan import MEASURED, Constraint, Plan, PlanEntry, Source
+
+RANDOM_LENGTH = 64
+"""Length of the sequences of random tokens, where the model has that many positions."""
 
 UNFREEZE_RANK_RATIO = 0.25
 """Default share of each weight's directions that stays trainable."""
@@ -51,12 +54,14 @@ def plan(
         unfreeze_rank_ratio: share of the directions that stays trainable, 0 (nothing moves) to 1 (plain
             training); 0.25 by default. For ``uniform`` and ``energy``.
         ranks: one of ``lorica.subspace.ranks.RANKS``.
-        source: ``weight`` (top singular directions of W, the paper) or ``activation`` (principal directions
-            of the layer's inputs over the calibration batches).
-        constraint: ``two-sided`` (default for ``weight``), ``input`` (default for ``activation``),
-            ``output`` or ``block``.
+        source: ``weight`` (top singular directions of W, the paper), ``activation`` (principal directions
+            of the layer's inputs over the calibration batches) or ``hybrid`` (of the k input directions half
+            principal inputs, half right singular vectors; see ``lorica.subspace.sources.hybrid_inputs``).
+        constraint: ``two-sided`` (default for ``weight``), ``input`` (default for ``activation`` and
+            ``hybrid``), ``output`` or ``block``. ``activation`` knows ``input`` only, ``hybrid`` also ``two-sided``.
         calibration: batches as the model takes them; "self", text that the model writes by itself (causal
-            models); or "random", random tokens. The last two need no data. For ``importance`` and ``activation``.
+            models); or "random", random tokens. The last two need no data. For ``importance``, ``activation`` and
+            ``hybrid``.
         target_modules: see ``find_targets``; default: all linear layers of the blocks.
         rank_pattern: protected share (float, 0 to 1) or count (int) for modules whose name ends in the
             given regular expression, over whatever ``ranks`` says.
@@ -74,7 +79,7 @@ def plan(
         LoricaError: an unknown name, a value out of range, a value that the policy does not use, a pattern
             that matches nothing, a weight that cannot be constrained.
     """
-    constraint = constraint or ("input" if source == "activation" else "two-sided")
+    constraint = constraint or ("input" if source in MEASURED else "two-sided")
     _check_choices(ranks=ranks, source=source, constraint=constraint)
     amounts: dict[str, float | int | None] = {
         "unfreeze_rank_ratio": unfreeze_rank_ratio,
@@ -85,14 +90,14 @@ def plan(
     protected = _protected_amount(amounts)
     targets = find_targets(model, target_modules, freeze_experts=freeze_experts)
     observed: dict[str, InputStatistics] = {}
-    if source != "activation" and ranks != "importance" and calibration is not None:
+    if source not in MEASURED and ranks != "importance" and calibration is not None:
         raise LoricaError(
             f"{_given(calibration)} has no effect with source {source!r} and ranks {ranks!r}; leave it out"
         )
-    if ranks == "importance" or source == "activation":
-        needed_by = f"source {source!r}" if source == "activation" else f"ranks {ranks!r}"
+    if ranks == "importance" or source in MEASURED:
+        needed_by = f"source {source!r}" if source in MEASURED else f"ranks {ranks!r}"
         batches = _batches(model, calibration, needed_by)
-        observed = observe(model, targets, batches, moments=source == "activation")
+        observed = observe(model, targets, batches, moments=source in MEASURED)
     weights = {name: matrix_of(module) for name, module in targets.items()}
     entries = [
         PlanEntry(name=name, shape=(w.shape[0], w.shape[1]), k=0, source=source, constraint=constraint)
@@ -106,8 +111,8 @@ def plan(
         entries=_with_pattern(entries, rank_pattern or {}),
         train_also=[train_also] if isinstance(train_also, str) else list(train_also),
     )
-    result._moments = {name: one.moment_NN for name, one in observed.items() if one.moment_NN is not None}
-    return result
+    moments = {name: one.moment_NN for name, one in observed.items() if one.moment_NN is not None}
+    return result.with_measured(moments=moments)
 
 
 def _check_used(ranks: str, values: Mapping[str, float | int | None]) -> None:
@@ -143,7 +148,7 @@ def _amount(name: str, value: float | int) -> float | int:
 def _check_choices(*, ranks: str, source: str, constraint: str) -> None:
     choices = {
         "ranks": (ranks, policies.RANKS),
-        "source": (source, ("weight", "activation")),
+        "source": (source, ("weight", *MEASURED)),
         "constraint": (constraint, ("two-sided", "input", "output", "block")),
     }
     for name, (value, known) in choices.items():
@@ -153,8 +158,10 @@ def _check_choices(*, ranks: str, source: str, constraint: str) -> None:
         raise LoricaError(
             f"source 'activation' knows directions of the inputs only; constraint {constraint!r} needs 'weight'"
         )
-    if source == "activation" and ranks in ("energy", "effective-rank"):
-        raise LoricaError(f"ranks {ranks!r} reads the weight's spectrum; with source 'activation' use 'uniform'")
+    if source == "hybrid" and constraint not in ("input", "two-sided"):
+        raise LoricaError(f"source 'hybrid' is for constraint 'input' or 'two-sided'; {constraint!r} needs 'weight'")
+    if source in MEASURED and ranks in ("energy", "effective-rank"):
+        raise LoricaError(f"ranks {ranks!r} reads the weight's spectrum; with source {source!r} use 'uniform'")
 
 
 def _given(calibration: Iterable[Batch] | str) -> str:
@@ -178,7 +185,9 @@ def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, needed
     if calibration == "self":
         return own_text(model)
     decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    return random_tokens(model.get_input_embeddings().num_embeddings, decoder=decoder)  # type: ignore[operator]
+    length = min(RANDOM_LENGTH, getattr(model.config, "max_position_embeddings", None) or RANDOM_LENGTH)
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return random_tokens(vocabulary, length=length, decoder=decoder)
 
 
 def _counts(

@@ -21,7 +21,7 @@ _WIDE = (torch.float32, torch.float64)
 def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int], None] | None = None) -> nn.Module:
     """Constrain the planned weights in place; from here on any training leaves the protected directions alone.
 
-    Each planned layer is replaced by a ``SubspaceLinear`` that shares its parameters. With k = 0 a layer of
+    Each planned layer is replaced by a ``SubspaceLinear`` that shares its parameters. With nothing protected a layer of
     float32 or float64 stays as it is and trains plainly; a narrower one trains through a float32 core all the
     same (W = W0 + M, rounded once), since most of each small update is lost when it is added in bfloat16.
     Every other parameter is frozen unless ``plan.train_also`` names it; those train in their own dtype.
@@ -49,7 +49,7 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
             raise LoricaError(
                 f"{entry.name}: constraint 'block' is held by lorica.ConstrainedOptimizer, not by protect"
             )
-        if entry.k > 0 or matrix_of(targets[entry.name]).dtype not in _WIDE:
+        if any(entry.protected) or matrix_of(targets[entry.name]).dtype not in _WIDE:
             wrapped[entry.name] = _wrapped(targets[entry.name], entry, plan)
         if progress:
             progress(entry.name, done, len(plan))
@@ -60,7 +60,7 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
 
 def _wrapped(module: nn.Module, entry: PlanEntry, plan: Plan) -> SubspaceLayer:
     matrix = matrix_of(module).detach()
-    directions = protected_directions(matrix, entry, plan.moment(entry.name))
+    directions = protected_directions(matrix, entry, plan.moment(entry.name), plan.learned(entry.name))
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     assert isinstance(module, nn.Linear | Conv1D)  # find_targets lets nothing else pass
     return WRAPPERS[type(module)].wrap(module, *free_bases(directions, wide))

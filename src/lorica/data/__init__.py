@@ -14,6 +14,7 @@ from lorica.data.validate import Report, overlap, validate, write_rejected
 if TYPE_CHECKING:
     from lorica.data.collate import Collator
     from lorica.data.dataset import EncodedDataset, load, render
+    from lorica.data.task_rows import load_rows
 
 __all__ = [
     "Chat",
@@ -29,6 +30,7 @@ __all__ = [
     "Tokens",
     "encode",
     "load",
+    "load_rows",
     "open_source",
     "overlap",
     "render",
@@ -36,7 +38,13 @@ __all__ = [
     "write_rejected",
 ]
 
-_NEEDS_TORCH = {"Collator": "collate", "EncodedDataset": "dataset", "load": "dataset", "render": "dataset"}
+_NEEDS_TORCH = {
+    "Collator": "collate",
+    "EncodedDataset": "dataset",
+    "load": "dataset",
+    "load_rows": "task_rows",
+    "render": "dataset",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -8,10 +8,8 @@ from typing import Any
 
 import jinja2
 
-from lorica.data.example import Chat, Message, Pair
+from lorica.data.example import Chat, Message, Pair, Span
 from lorica.errors import LoricaError
-
-Span = tuple[int, int]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

@@ -16,11 +16,12 @@ class Collator:
     """Pad rows on the right into a batch of tensors.
 
     ``attention_mask`` comes from each row's length, never from the pad id, so that EOS stays trained and attended
-    where it also pads; ``labels`` are padded with -100. All three are int64, (batch, length).
+    where it also pads; ``labels`` are padded with -100. All are int64, (batch, length), but a classifier's labels.
 
     Args:
         tokenizer: gives the pad id: its own, else EOS, else 0.
         seq2seq: labels are sequences of their own and padded to their own length.
+        classifier: labels are one class per row; they come as (batch,).
         pad_to_multiple_of: lengths are rounded up to a multiple of this; None: not.
         pad_token_id: used instead of the tokenizer's.
     """
@@ -30,6 +31,7 @@ class Collator:
         tokenizer: Any = None,
         *,
         seq2seq: bool = False,
+        classifier: bool = False,
         pad_to_multiple_of: int | None = None,
         pad_token_id: int | None = None,
     ) -> None:
@@ -42,17 +44,18 @@ class Collator:
         )
         self.pad_token_id: int = next((choice for choice in choices if choice is not None), 0)
         self.seq2seq = seq2seq
+        self.classifier = classifier
         self.multiple = pad_to_multiple_of or 1
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         ids = [list(feature["input_ids"]) for feature in features]
         labels = [list(feature["labels"]) for feature in features]
-        if not self.seq2seq and any(len(i) != len(j) for i, j in zip(ids, labels, strict=True)):
+        if not (self.seq2seq or self.classifier) and any(len(i) != len(j) for i, j in zip(ids, labels, strict=True)):
             raise ValueError("input_ids and labels differ in length; an encoder-decoder needs seq2seq=True")
         return {
             "input_ids": self._pad(ids, self.pad_token_id),
             "attention_mask": self._pad([[1] * len(row) for row in ids], 0),
-            "labels": self._pad(labels, IGNORED_LABEL),
+            "labels": torch.tensor([row[0] for row in labels]) if self.classifier else self._pad(labels, IGNORED_LABEL),
         }
 
     def _pad(self, rows: list[list[int]], value: int) -> Tensor:

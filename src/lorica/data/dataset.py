@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.data import Dataset
 
-from lorica.data.encode import EncodeSummary, TruncationPolicy, encode
+from lorica.data.encode import EncodeSummary, TruncationPolicy, count_trained, encode
 from lorica.data.encoder import Encoded
 from lorica.data.example import IGNORED_LABEL
 from lorica.data.tokens import Codec
 from lorica.data.validate import Report, validate, write_rejected
+
+Kind = Literal["causal", "seq2seq", "classifier"]
 
 
 class EncodedDataset(Dataset[dict[str, list[int]]]):
     """Tokenised rows; ``dataset[i]`` is ``{"input_ids": [...], "labels": [...]}``.
 
     Attributes:
-        examples: the rows with `prompt_ids` and `answer`, in the same order.
+        examples: the rows with `prompt_ids`, `answer`, `choices` and `source`, in the same order.
+        kind: of the model that the rows are for.
         format: the dataset format.
         summary: counts, hash and notices, plain data for the run record.
         sha256: of the file's bytes.
         rendered: the first row as text, trained tokens in « ».
     """
 
-    def __init__(self, examples: list[Encoded], report: Report, counts: EncodeSummary, rendered: str) -> None:
+    def __init__(
+        self, examples: list[Encoded], report: Report, counts: EncodeSummary, rendered: str, kind: Kind = "causal"
+    ) -> None:
         self.examples = examples
+        self.kind = kind
         self.format = report.format
         self.sha256 = report.sha256
         self.rendered = rendered
@@ -39,6 +47,7 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
             "reasons": report.reasons,
             "empty_prompts": report.empty_prompts,
             "duplicates": report.duplicates,
+            "left_out": report.left_out,
             **counts.as_dict(),
             "notices": report.notices + counts.notices,
         }
@@ -48,6 +57,21 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.examples[index].features
+
+    def subset(self, indices: Sequence[int]) -> EncodedDataset:
+        """Return some of the rows, in the order given; the summary counts what is trained in them."""
+        part = copy.copy(self)
+        part.examples = [self.examples[index] for index in indices]
+        tokens = [len(row.input_ids) + (len(row.labels) if self.kind == "seq2seq" else 0) for row in part.examples]
+        trained = [count_trained(row.labels, self.kind != "causal") for row in part.examples]
+        note = f"{len(part)} of {len(self)} rows taken"
+        part.summary = self.summary | {
+            "kept": len(part),
+            "tokens": sum(tokens),
+            "trained_tokens": sum(trained),
+            "notices": [*self.summary["notices"], note],
+        }
+        return part
 
     def describe(self) -> str:
         """Return the lines printed before training: what was read, what is trained, and one row."""
@@ -112,13 +136,16 @@ def load(
         truncation_policy,
         seq2seq,
     )
-    return EncodedDataset(rows, report, counts, render(rows[0], tokenizer, seq2seq))
+    kind: Kind = "seq2seq" if seq2seq else "causal"
+    return EncodedDataset(rows, report, counts, render(rows[0], tokenizer, kind), kind)
 
 
-def render(example: Encoded, tokenizer: Any, seq2seq: bool = False) -> str:
+def render(example: Encoded, tokenizer: Any, kind: Kind = "causal") -> str:
     """Return one row as text with the trained tokens in « »; of an encoder-decoder the source, then the target."""
     codec = Codec(tokenizer)
-    if seq2seq:
+    if kind == "classifier":
+        return f"{codec.decode(example.input_ids)} -> «{example.answer}»"
+    if kind == "seq2seq":
         trained = [label for label in example.labels if label != IGNORED_LABEL]
         return f"{codec.decode(example.input_ids)} -> «{codec.decode(trained)}»"
     # The first token is predicted from nothing and so never trained, whatever its label.

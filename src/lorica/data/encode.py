@@ -17,13 +17,15 @@ TruncationPolicy = Literal["truncate", "drop", "error"]
 class EncodeSummary:
     """Counts of one `encode` call: ``rows = kept + dropped + prompt_fills_context``.
 
-    ``truncated`` rows are among the kept. ``tokens`` counts ``input_ids`` (encoder-decoder: labels too),
-    ``trained_tokens`` those with a loss. ``loss`` names what is trained.
+    ``truncated`` rows and ``shortened`` ones (the elastic part of the prompt alone was cut) are among the kept.
+    ``tokens`` counts ``input_ids`` (encoder-decoder: labels too), ``trained_tokens`` those with a loss. ``loss`` names
+    what is trained.
     """
 
     rows: int = 0
     kept: int = 0
     truncated: int = 0
+    shortened: int = 0
     dropped: int = 0
     prompt_fills_context: int = 0
     tokens: int = 0
@@ -44,6 +46,7 @@ def encode(
     assistant_only_loss: bool = False,
     truncation_policy: TruncationPolicy = "truncate",
     seq2seq: bool = False,
+    max_prompt_length: int | None = None,
 ) -> tuple[list[Encoded], EncodeSummary]:
     """Tokenise examples and mark what is trained.
 
@@ -59,15 +62,16 @@ def encode(
         truncation_policy: of longer rows. "truncate": prompts with completions lose the start of the prompt
             (BOS and the prompt's last token stay) and, where that is not enough, the end of the completion; text,
             and conversations without such a prompt or trained as a whole, lose their end. "drop": they are left
-            out. "error": they raise.
+            out. "error": they raise. A prompt with an elastic part is never too long: that part is cut at its end.
         seq2seq: for encoder-decoder models; what precedes the last answer is the source, the answer the target.
+        max_prompt_length: in tokens, of what precedes a completion; None: what ``max_length`` leaves.
 
     Raises:
         LoricaError: an option does not fit the format, the tokenizer lacks a chat template or an EOS token, a
             token id lies outside its vocabulary, or no row is left to train on.
     """
     _check_options(max_length, truncation_policy)
-    encoder = Encoder(tokenizer, max_length, completion_only_loss, assistant_only_loss, seq2seq)
+    encoder = Encoder(tokenizer, max_length, completion_only_loss, assistant_only_loss, seq2seq, max_prompt_length)
     summary, kept, too_long = EncodeSummary(), [], []
     for example in examples:
         summary.rows += 1
@@ -83,6 +87,7 @@ def encode(
             summary.prompt_fills_context += 1
             continue
         summary.truncated += long
+        summary.shortened += draft.shortened
         summary.tokens += len(row.input_ids) + (len(row.labels) if seq2seq else 0)
         summary.trained_tokens += trained
         kept.append(row)
@@ -123,6 +128,7 @@ def _check_outcome(summary: EncodeSummary, too_long: list[str], max_length: int,
 def _notices(summary: EncodeSummary, kept: list[Encoded], encoder: Encoder) -> list[str]:
     counts = {
         "were truncated": summary.truncated,
+        "had the text in their prompt shortened": summary.shortened,
         "were dropped as too long": summary.dropped,
         "have a prompt that fills max_length and are not trained": summary.prompt_fills_context,
         "contain the tokenizer's control tokens as text: plain characters in prompts and completions, "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, assert_never
 
 from lorica.data import chat as chats
+from lorica.data.cutting import cut_left, shorten
 from lorica.data.example import IGNORED_LABEL, Chat, Example, Pair, Text, Tokens
 from lorica.data.tokens import Codec
 from lorica.errors import LoricaError
@@ -16,9 +17,10 @@ class Encoded:
     """One row ready for the collator.
 
     ``labels`` holds, per position of ``input_ids``, the token to be predicted there (the model shifts), or -100.
-    For an encoder-decoder ``input_ids`` is the source and ``labels`` the target. ``prompt_ids`` and ``answer``
-    serve exact-match evaluation: the ids to generate from and the text expected; None where a row has no answer
-    (`text`, `tokenized`, a conversation that does not end with the assistant).
+    For an encoder-decoder ``input_ids`` is the source and ``labels`` the target, for a classifier ``labels`` holds
+    the class alone. ``prompt_ids`` and ``answer`` serve evaluation: the ids to generate from and the text expected;
+    None where a row has no answer (`text`, `tokenized`, a conversation that does not end with the assistant).
+    ``choices`` are the answers to choose from, ``source`` what a metric compares an answer with; see `Pair`.
     """
 
     where: str
@@ -26,6 +28,8 @@ class Encoded:
     labels: list[int]
     prompt_ids: list[int] | None = None
     answer: str | None = None
+    choices: tuple[str, ...] = ()
+    source: str = ""
 
     @property
     def features(self) -> dict[str, list[int]]:
@@ -36,7 +40,8 @@ class Encoded:
 class Draft:
     """A row before its length is looked at. ``boundary``: where the completion starts, None: cut at the end.
 
-    ``head`` and ``tail`` special ids stay at the start and the end of the source when it is cut.
+    ``head`` and ``tail`` special ids stay at the start and the end of the source when it is cut. ``shortened``: the
+    elastic part of the prompt was cut.
     """
 
     where: str
@@ -47,26 +52,49 @@ class Draft:
     tail: int = 0
     prompt_ids: list[int] | None = None
     answer: str | None = None
+    choices: tuple[str, ...] = ()
+    source: str = ""
+    shortened: bool = False
 
 
 class Encoder:
     """The options of `encode` bound to a tokenizer; ``loss`` names what the last example's loss is on."""
 
     def __init__(
-        self, tokenizer: Any, max_length: int, completion_only: bool | None, assistant_only: bool, seq2seq: bool
+        self,
+        tokenizer: Any,
+        max_length: int,
+        completion_only: bool | None,
+        assistant_only: bool,
+        seq2seq: bool,
+        max_prompt_length: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.codec = Codec(tokenizer)
+        self.max_prompt_length = max_prompt_length or max_length
         self.max_length = max_length
         self.completion_only = completion_only
         self.assistant_only = assistant_only
         self.seq2seq = seq2seq
         self.loss = ""
+        self._lengths: dict[str, int] = {}
 
     def draft(self, example: Example) -> Draft:
         if isinstance(example, Chat) and example.plain_layout and not chats.has_template(self.tokenizer):
             example = chats.plain_layout(example)
         self.loss = self._loss(example)
+        if not isinstance(example, Pair):
+            return self._draft(example)
+        draft = self._draft(example)
+        if example.elastic is not None and (excess := self._prompt_length(draft) - self._room(example)) > 0:
+            limit = len(self.codec.plain(example.prompt)) - excess
+            fitted = shorten(example, lambda text: len(self.codec.plain(text)) <= limit)
+            draft = self._draft(fitted)
+            draft.shortened = fitted != example
+        draft.choices, draft.source = example.choices, example.source
+        return draft
+
+    def _draft(self, example: Example) -> Draft:
         match example:
             case Tokens():
                 return self._tokens(example)
@@ -82,25 +110,43 @@ class Encoder:
 
     def is_long(self, draft: Draft) -> bool:
         longest = max(len(draft.ids), len(draft.labels)) if self.seq2seq else len(draft.ids)
-        return longest > self.max_length
+        return longest > self.max_length or self._prompt_length(draft) > self.max_prompt_length
+
+    def _prompt_length(self, draft: Draft) -> int:
+        return len(draft.ids) if self.seq2seq else draft.boundary or 0
+
+    def _room(self, pair: Pair) -> int:
+        """Return the tokens that a prompt may have, so that the longest of its completions fits behind it."""
+        if self.seq2seq:
+            return self._source_limit
+        longest = max(self._completion_length(text) for text in (pair.completion, *pair.choices))
+        return min(self.max_prompt_length, self.max_length - longest)
 
     def finish(self, draft: Draft) -> Encoded:
         """Cut a draft to ``max_length``."""
         ids, labels, limit = draft.ids, draft.labels, self.max_length
         if self.seq2seq:
-            ids, labels = _cut_left(ids, draft.head, draft.tail, limit), labels[:limit]
+            ids, labels = cut_left(ids, draft.head, draft.tail, self._source_limit), labels[:limit]
         else:
-            if draft.boundary is not None and (excess := len(ids) - limit) > 0:
+            if draft.boundary is not None and (excess := self._excess(draft)) > 0:
                 # At least one token of the prompt stays: a completion of nothing is not what is to be learned.
                 cut = min(excess, max(draft.boundary - draft.head - 1, 0))
                 ids = ids[: draft.head] + ids[draft.head + cut :]
                 labels = labels[: draft.head] + labels[draft.head + cut :]
             ids, labels = ids[:limit], labels[:limit]
         # Generation needs room for one token at least, whatever the answer's own length.
-        room = limit if self.seq2seq else max(limit - 1, 1)
+        room = self._source_limit if self.seq2seq else min(max(limit - 1, 1), self.max_prompt_length)
         prompt = draft.prompt_ids
-        prompt = None if prompt is None else _cut_left(prompt, draft.head, draft.tail, room)
-        return Encoded(draft.where, ids, labels, prompt, draft.answer)
+        prompt = None if prompt is None else cut_left(prompt, draft.head, draft.tail, room)
+        return Encoded(draft.where, ids, labels, prompt, draft.answer, draft.choices, draft.source)
+
+    @property
+    def _source_limit(self) -> int:
+        return min(self.max_length, self.max_prompt_length)
+
+    def _excess(self, draft: Draft) -> int:
+        """Return how many tokens of the prompt are too many."""
+        return max(len(draft.ids) - self.max_length, self._prompt_length(draft) - self.max_prompt_length)
 
     def _loss(self, example: Example) -> str:
         """Name what is trained, refusing options that would have no effect."""
@@ -129,6 +175,12 @@ class Encoder:
                 "completion_only_loss with prompts and completions and assistant_only_loss with conversations."
             )
         return loss
+
+    def _completion_length(self, text: str) -> int:
+        """Return the tokens of a completion with its EOS; remembered, for most rows share a few."""
+        if text not in self._lengths:
+            self._lengths[text] = len(self.codec.continuation(text)) + 1
+        return self._lengths[text]
 
     def _tokens(self, example: Tokens) -> Draft:
         size = len(self.tokenizer)
@@ -220,9 +272,3 @@ class Encoder:
         target = [*codec.plain(answer), codec.eos]
         head, tail = len(codec.prefix), len(codec.suffix)
         return Draft(example.where, source, target, None, head, tail, source, answer)
-
-
-def _cut_left(ids: list[int], head: int, tail: int, limit: int) -> list[int]:
-    """Cut ids to ``limit`` behind the first ``head``; the last ``tail`` stay as they stand at the end."""
-    excess = len(ids) - limit
-    return ids if excess <= 0 else (ids[:head] + ids[min(head + excess, len(ids) - tail) :])[:limit]

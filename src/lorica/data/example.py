@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 Message = dict[str, str]
+Span = tuple[int, int]
 IGNORED_LABEL = -100
 
 
@@ -19,11 +20,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt and the completion that follows it, character for character."""
+    """A prompt and the completion that follows it, character for character.
+
+    ``elastic``: characters (start, end) of the prompt that may be cut at their end where it is too long.
+    ``choices``: all completions there are, for scoring; none: any. ``source``: the part of the prompt that the
+    completion is to be compared with, for scoring.
+    """
 
     where: str
     prompt: str
     completion: str
+    elastic: Span | None = None
+    choices: tuple[str, ...] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True)

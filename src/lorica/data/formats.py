@@ -21,14 +21,14 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
 class Format:
     """A dataset format: its name, its columns, and how a row becomes an example.
 
-    ``convert(where, row)`` raises ``RowError`` where the row breaks the format. A format without it is known
-    only to be refused, for the reason in ``refusal``.
+    ``convert(where, row)`` raises ``RowError`` where the row breaks the format, and returns None for a row to be
+    left out. A format without it is known only to be refused, for the reason in ``refusal``.
     """
 
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    convert: Callable[[str, Row], Example] | None = None
+    convert: Callable[[str, Row], Example | None] | None = None
     refusal: str = ""
 
     def matches(self, columns: Iterable[str]) -> bool:

@@ -7,10 +7,10 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lorica.data.jsonl import MAX_LINE_BYTES, Line, json_records, read_lines
 from lorica.data.record import Record, Rejected, RowError
@@ -111,6 +111,20 @@ READERS: dict[str, Callable[[Path], Records]] = {
 }
 
 
+class Source(Protocol):
+    """Where rows come from; can be read again and again."""
+
+    @property
+    def name(self) -> str:
+        """What messages and records call it."""
+
+    def records(self) -> Records:
+        """Yield the rows."""
+
+    def sha256(self) -> str:
+        """Return a digest of all that is read."""
+
+
 @dataclass(frozen=True)
 class FileSource:
     """One or more local files, read in the order of their names."""
@@ -132,10 +146,10 @@ class FileSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """One split of a dataset from the Hugging Face Hub."""
+    """Rows of a dataset from the Hugging Face Hub: anything that yields them as dictionaries."""
 
     name: str
-    dataset: Any
+    dataset: Iterable[dict[str, Any]]
 
     def records(self) -> Records:
         for number, value in enumerate(self.dataset, 1):
@@ -147,9 +161,6 @@ class HubSource:
         for value in self.dataset:
             digest.update(_row_json(value) + b"\n")
         return digest.hexdigest()
-
-
-Source = FileSource | HubSource
 
 
 def open_source(path: str | Path, split: str = "train", config_name: str | None = None) -> Source:

@@ -14,17 +14,25 @@ class Codec:
     """Turn strings into ids without anything being added, dropped or moved.
 
     ``prefix`` and ``suffix`` are the special ids that the tokenizer puts around a sequence by its own settings
-    (Llama: BOS in front; T5: EOS behind; Qwen: none).
+    (Llama: BOS in front; T5: EOS behind; BERT: [CLS] and [SEP]; Qwen: none).
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        if tokenizer.eos_token_id is None:
-            raise LoricaError("the tokenizer has no eos_token, so no answer could end; set tokenizer.eos_token.")
         self.tokenizer = tokenizer
-        self.eos: int = tokenizer.eos_token_id
         self.prefix, self.suffix = _frame(tokenizer)
         self._marks_start = "".join(tokenizer.tokenize("a"))[:1] in {"\u2581", "\u0120"}
         self._control = _control_pattern(tokenizer)
+
+    @property
+    def eos(self) -> int:
+        """The token that ends a text.
+
+        Raises:
+            LoricaError: the tokenizer has none.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise LoricaError("the tokenizer has no eos_token, so no answer could end; set tokenizer.eos_token.")
+        return int(self.tokenizer.eos_token_id)
 
     def plain(self, text: str) -> list[int]:
         """Return the ids of text by a user: control tokens written out in it are ordinary characters."""

@@ -19,7 +19,7 @@ SHOWN = 10
 
 @dataclass
 class Report:
-    """What `validate` found: ``rows_read = len(examples) + len(rejected)``.
+    """What `validate` found: ``rows_read = len(examples) + len(rejected) + left_out``.
 
     ``format`` is a format's name; ``sha256`` that of the file's bytes; ``notices`` are sentences for the user;
     ``source`` can be read again to see whether it changed.
@@ -34,10 +34,11 @@ class Report:
     notices: list[str] = field(default_factory=list)
     empty_prompts: int = 0
     duplicates: int = 0
+    left_out: int = 0
 
     @property
     def rows_read(self) -> int:
-        return len(self.examples) + len(self.rejected)
+        return len(self.examples) + len(self.rejected) + self.left_out
 
     @property
     def reasons(self) -> dict[str, int]:
@@ -51,8 +52,8 @@ class Report:
 
 
 def validate(
-    path: str | Path,
-    dataset_format: str | None = None,
+    path: str | Path | Source,
+    dataset_format: str | Format | None = None,
     dataset_text_field: str = "text",
     skip_invalid_rows: bool = False,
     *,
@@ -66,9 +67,9 @@ def validate(
     The data is read twice, once for its columns and once for its rows, so that only the examples are held.
 
     Args:
-        path: see `lorica.data.open_source`.
+        path: see `lorica.data.open_source`; or a source that is open already.
         dataset_format: `tokenized`, `messages`, `sharegpt`, `prompt_completion`, `alpaca` or `text`;
-            None: the one format that most rows' columns match.
+            None: the one format that most rows' columns match. Or a format of one's own.
         dataset_text_field: the column of the format `text`.
         skip_invalid_rows: keep the valid rows and report the others instead of raising.
         vocab_size: bound of the ids of `tokenized` rows; None: not checked here.
@@ -79,14 +80,15 @@ def validate(
         LoricaError: the format cannot be told, a row is invalid (the first ten are listed), no row is usable,
             or the data changed while it was read.
     """
-    source = open_source(path, split, config_name)
+    source = open_source(path, split, config_name) if isinstance(path, str | Path) else path
     digest = source.sha256()
     columns = _survey(source)
-    table = formats(dataset_text_field, vocab_size, seq2seq)
-    chosen = choose_format(source.name, columns, table, dataset_format) if columns else None
+    own = dataset_format if isinstance(dataset_format, Format) else None
+    table = {} if own else formats(dataset_text_field, vocab_size, seq2seq)
+    chosen = own or (choose_format(source.name, columns, table, dataset_format) if columns else None)  # type: ignore[arg-type]
     report = Report(source.name, chosen.name if chosen else "", digest, source)
     _collect(report, chosen, table)
-    _require_rows(report, skip_invalid_rows)
+    _require_rows(report, skip_invalid_rows, may_skip=own is None)
     report.check_unchanged()
     report.notices += _notices(report, chosen, columns)
     return report
@@ -187,6 +189,9 @@ def _collect(report: Report, chosen: Format | None, table: dict[str, Format]) ->
         except RowError as error:
             report.rejected.append(record.rejected(error))
             continue
+        if example is None:
+            report.left_out += 1
+            continue
         report.examples.append(example)
         report.empty_prompts += has_empty_prompt(example)
         mark = fingerprint(example)
@@ -194,7 +199,7 @@ def _collect(report: Report, chosen: Format | None, table: dict[str, Format]) ->
         seen.add(mark)
 
 
-def _convert(record: Record, chosen: Format, table: dict[str, Format]) -> Example:
+def _convert(record: Record, chosen: Format, table: dict[str, Format]) -> Example | None:
     if not chosen.matches(record.value) and (other := _matching(table, frozenset(record.value))):
         raise RowError("other format", f"the row is {' and '.join(other)}, the data is {chosen.name}")
     if chosen.convert is None:
@@ -202,22 +207,22 @@ def _convert(record: Record, chosen: Format, table: dict[str, Format]) -> Exampl
     return chosen.convert(record.where, record.value)
 
 
-def _require_rows(report: Report, skip_invalid_rows: bool) -> None:
+def _require_rows(report: Report, skip_invalid_rows: bool, may_skip: bool) -> None:
     if not report.rows_read:
         raise LoricaError(f"{report.path}: no rows; the data is empty.")
     if report.rejected and not skip_invalid_rows:
-        raise LoricaError(_listing(report))
+        raise LoricaError(_listing(report, may_skip))
     if not report.examples:
         counts = "; ".join(f"{kind} ({count})" for kind, count in report.reasons.items())
         raise LoricaError(f"{report.path}: none of the {report.rows_read} rows can be used: {counts}.")
 
 
-def _listing(report: Report) -> str:
+def _listing(report: Report, may_skip: bool) -> str:
     shown = [f"  {row}" for row in report.rejected[:SHOWN]]
     if hidden := len(report.rejected) - len(shown):
         shown.append(f"  and {hidden} more")
     advice = "Correct them"
-    if report.examples:
+    if report.examples and may_skip:
         advice += f", or set skip_invalid_rows to train on the other {len(report.examples)}"
     total = f"{len(report.rejected)} of {report.rows_read} rows are invalid"
     return "\n".join([f"{report.path}: {total}:", *shown, f"{advice}."])
@@ -228,6 +233,7 @@ def _notices(report: Report, chosen: Format | None, columns: Counter[frozenset[s
     ignored = sorted(frozenset().union(*columns) - used)
     counts: dict[str, Any] = {
         "rows were rejected: " + "; ".join(f"{k} ({n})" for k, n in report.reasons.items()): len(report.rejected),
+        "rows have no answer and were left out": report.left_out,
         "rows have an empty prompt": report.empty_prompts,
         "rows repeat an earlier row": report.duplicates,
     }

@@ -84,7 +84,7 @@ def exact_match(
         model,
         tokenizer,
         [row.prompt_ids or [] for row in asked],
-        max_new_tokens=[_answer_length(row, codec) + 1 for row in asked],
+        max_new_tokens=[answer_length(row, codec) + 1 for row in asked],
         batch_size=batch_size,
         progress=progress,
     )
@@ -94,7 +94,7 @@ def exact_match(
     return 100.0 * right / len(asked), len(asked)
 
 
-def _answer_length(row: Encoded, codec: Codec) -> int:
+def answer_length(row: Encoded, codec: Codec) -> int:
     """Return the tokens of an answer, its end aside, in the longest way a row may spell it.
 
     Many tokenizers spell a word in the middle of a text with other tokens than by itself, and a chat template may

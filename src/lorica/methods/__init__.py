@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
-from lorica.methods.base import METHODS, Method, Protection
-from lorica.methods.osft import OSFT
-from lorica.methods.seqft import SeqFT
+from importlib import import_module
 
-__all__ = ["METHODS", "OSFT", "Method", "Protection", "SeqFT"]
+from lorica.methods.base import METHODS, Method, Protection, Targets
+from lorica.methods.task import TaskData
+
+__all__ = ["METHODS", "Method", "Protection", "Targets", "TaskData"]
+
+for _module in (
+    "osft",
+    "seqft",
+    "lora",
+    "inclora",
+    "olora",
+    "milora",
+    "pissa",
+    "ewc",
+    "lwf",
+    "replay",
+    "gpm",
+    "sgp",
+    "ogd",
+    "osft_gradient",
+    "osft_factored",
+    "per_task",
+    "joint",
+):
+    import_module(f"lorica.methods.{_module}")

@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorica.constrain.audit_report import AuditReport
+from lorica.methods.options import checked_options
+from lorica.methods.task import Rows, TaskData
 from lorica.registry import Registry
 from lorica.subspace.calibration import Batch
-from lorica.subspace.plan import Constraint, Plan, Source
+from lorica.subspace.plan import MEASURED, Constraint, Plan, Source
 
 Progress = Callable[[str, int, int], None]
 
+REMEMBER_ROWS = 64
+"""Default of ``remember_rows``."""
+
 
 @dataclass(frozen=True)
-class Protection:
-    """What the methods that protect are told; the fields are the arguments of ``lorica.plan``."""
+class Targets:
+    """Which weights a method trains; every method takes these options.
+
+    Attributes:
+        target_modules: names or regular expressions; default: all linear layers of the blocks.
+        train_also: regular expressions of other parameters that train freely.
+        freeze_experts: leave 3-D expert weights of a mixture of experts frozen and train the rest.
+    """
+
+    target_modules: Sequence[str] | None = None
+    train_also: Sequence[str] = ()
+    freeze_experts: bool = False
+
+
+@dataclass(frozen=True)
+class Protection(Targets):
+    """What the methods that protect are told: the arguments of ``lorica.plan``, and what holds between tasks.
+
+    Attributes:
+        calibration: where none is given and it is needed, "self" for causal models and "random" for others.
+        plan: a finished plan, instead of all other options but ``protect_learned``.
+        protect_learned: share of min(M, N), 0 to 1: so many of the top directions of what the finished tasks
+            changed in a weight are protected besides. None: none; 0 also gives up those of earlier updates.
+        remember_inputs: add what each finished task's inputs were to the calibration of the next ones; for the
+            sources ``activation`` and ``hybrid``.
+        remember_rows: how many training rows of a task stand for its inputs.
+        rank_schedule: protected share, 0 to 1, of each task in order; the last is for all further ones.
+    """
 
     unfreeze_rank_ratio: float | None = None
     osft_unfreeze_rank_ratio: float | None = None
@@ -27,14 +58,41 @@ class Protection:
     ranks: str = "uniform"
     source: Source = "weight"
     constraint: Constraint | None = None
-    calibration: Iterable[Batch] | Literal["self", "random"] | None = None
-    target_modules: Sequence[str] | None = None
+    calibration: Sequence[Batch] | Literal["self", "random"] | None = None
     rank_pattern: Mapping[str, float | int] = field(default_factory=dict)
-    train_also: Sequence[str] = ()
-    freeze_experts: bool = False
     mrr: float | None = None
     trr: float | None = None
     plan: Plan | None = None
+    protect_learned: float | None = None
+    remember_inputs: bool = False
+    remember_rows: int = REMEMBER_ROWS
+    rank_schedule: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.protect_learned is not None and not 0 <= self.protect_learned <= 1:
+            raise ValueError(f"protect_learned = {self.protect_learned} is out of range: a share from 0 to 1")
+        if self.remember_rows < 1:
+            raise ValueError(f"remember_rows = {self.remember_rows} is out of range: at least 1")
+        if self.remember_inputs and self.source not in MEASURED:
+            raise ValueError(
+                f"remember_inputs has no effect with source {self.source!r}; it is for {' and '.join(MEASURED)}"
+            )
+        if self.remember_rows != REMEMBER_ROWS and not self.remember_inputs:
+            raise ValueError("remember_rows has no effect without remember_inputs")
+        if self.rank_schedule is not None:
+            self._check_schedule(self.rank_schedule)
+
+    def _check_schedule(self, shares: Sequence[float]) -> None:
+        wrong = next((share for share in shares if not 0 <= share <= 1), None)
+        if wrong is not None or not shares:
+            got = "nothing" if wrong is None else wrong
+            raise ValueError(f"rank_schedule holds {got}: give protected shares from 0 to 1, one per task")
+        amounts = ("unfreeze_rank_ratio", "osft_unfreeze_rank_ratio", "effective_rank")
+        beside = next((name for name in amounts if getattr(self, name) is not None), None)
+        if beside is not None:
+            raise ValueError(f"{beside} and rank_schedule both say how much is protected; give one of them")
+        if self.ranks != "uniform":
+            raise ValueError(f"rank_schedule is for ranks 'uniform', not {self.ranks!r}")
 
     def given(self) -> set[str]:
         """Return the names of the fields that differ from their defaults."""
@@ -44,24 +102,79 @@ class Protection:
 
 
 class Method:
-    """One way to learn a task without losing what came before. The default of every hook does nothing.
+    """One way to learn a stream of tasks without losing what came before. The default of every hook does nothing.
 
+    One object lives through a whole stream: for each task ``begin_task``, training with ``training_data``,
+    ``penalty`` and ``wrap_optimizer``, then ``audit`` and ``end_task``. What it remembers from task to task is
+    ``state_dict``, and nothing else, so that a stream can be stopped and gone on with between any two tasks.
     A method never calls ``backward`` or ``step``: the Trainer is the loop.
 
     Attributes:
-        plan: what the current task trains, once it has begun.
+        options: an ``options_type``.
+        plan: what the current task trains, once it has begun; None for methods without a plan.
     """
 
-    summary = ""
+    summary: ClassVar[str] = ""
     """One line for ``lorica list``."""
+
+    stores: ClassVar[str] = "nothing"
+    """What it carries from task to task, in words; the bytes are measured from ``state_dict``."""
+
+    reproduction: ClassVar[str] = ""
+    """How far it is known to be the published method: what its definition is tested against, and which figures."""
+
+    needs_old_data: ClassVar[bool] = False
+    """Whether it sees rows of earlier tasks."""
+
+    needs_task_id: ClassVar[bool] = False
+    """Whether a row can be answered only by who knows which task it belongs to."""
+
+    restarts: ClassVar[bool] = False
+    """Whether every task starts from the model that came in, not from the one that the task before left."""
+
+    bound: ClassVar[bool] = False
+    """Whether it is an upper bound on a whole stream rather than a way to learn one task after another."""
+
+    learning_rate_scale: ClassVar[float] = 1.0
+    """Factor on the default learning rate; adapters need about ten times that of full fine-tuning."""
+
+    options_type: ClassVar[type[Targets]] = Targets
+    """The dataclass of its options."""
 
     plan: Plan | None = None
 
-    def __init__(self, protection: Protection) -> None:
-        self.protection = protection
+    def __init__(self, options: Any) -> None:
+        self.options = options
 
-    def begin_task(self, model: nn.Module, progress: Progress | None = None) -> None:
+    @classmethod
+    def build(cls, given: Mapping[str, Any]) -> Self:
+        """Return the method with options by name.
+
+        Raises:
+            LoricaError: an option that the method does not have, or a value of the wrong type or out of range.
+        """
+        return cls(checked_options(cls.options_type, given))
+
+    def learns(self, task: TaskData) -> bool:
+        """Tell whether there is training for this task; ``joint`` waits for the last."""
+        return True
+
+    def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
         """Prepare the model for a task, in place; called before the optimizer is built."""
+
+    def training_data(self, task: TaskData) -> Rows:
+        """Return the rows to train on."""
+        return task.rows
+
+    def penalty(self, model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
+        """Return what is added to the loss of a training batch, in the loss's unit (nats per trained token).
+
+        Args:
+            model: in training.
+            inputs: the batch, with ``labels``.
+            logits: what the model made of it.
+        """
+        return None
 
     def wrap_optimizer(self, optimizer: Optimizer, max_grad_norm: float) -> Optimizer:
         """Return the optimizer to train with; called once a task, with the Trainer's optimizer."""
@@ -76,8 +189,15 @@ class Method:
         """Return the proof of the constraint after training, or None for a method without one."""
         return None
 
-    def end_task(self, model: nn.Module) -> None:
-        """Make the model plain again, in place."""
+    def end_task(self, model: nn.Module, task: TaskData) -> None:
+        """Take from the trained model what is to be remembered, and make it plain again, in place."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what is carried from task to task, tensors by name; empty where nothing is."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what an earlier ``state_dict`` returned."""
 
 
 METHODS: Registry[type[Method]] = Registry("method")

@@ -6,8 +6,8 @@ from torch import nn
 
 from lorica.constrain.planning import plan
 from lorica.constrain.protect import protect, release
-from lorica.errors import LoricaError
-from lorica.methods.base import METHODS, Method, Progress, Protection
+from lorica.methods.base import METHODS, Method, Progress
+from lorica.methods.task import TaskData
 
 
 @METHODS.register("seqft")
@@ -21,15 +21,10 @@ class SeqFT(Method):
     """
 
     summary = "plain fine-tuning of the same weights, task after task (nothing protected)"
+    reproduction = "float32 training tested bitwise against the plain optimizer; no published figure reproduced yet"
 
-    def __init__(self, protection: Protection) -> None:
-        super().__init__(protection)
-        unused = sorted(protection.given() - {"target_modules", "train_also", "freeze_experts"})
-        if unused:
-            raise LoricaError(f"{unused[0]} has no effect with method 'seqft', which protects nothing")
-
-    def begin_task(self, model: nn.Module, progress: Progress | None = None) -> None:
-        asked = self.protection
+    def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
+        asked = self.options
         self.plan = plan(
             model,
             1.0,
@@ -39,5 +34,5 @@ class SeqFT(Method):
         )
         protect(model, self.plan)
 
-    def end_task(self, model: nn.Module) -> None:
+    def end_task(self, model: nn.Module, task: TaskData) -> None:
         release(model)

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from lorica.report.page import write_report
-from lorica.report.records import read_record, read_records
-from lorica.report.text import metrics_table, retention_table, side_by_side
+from lorica.report.reading import read_record, read_records
+from lorica.report.text import metrics_table, retention_table, side_by_side, summary_text
 
-__all__ = ["metrics_table", "read_record", "read_records", "retention_table", "side_by_side", "write_report"]
+__all__ = [
+    "metrics_table",
+    "read_record",
+    "read_records",
+    "retention_table",
+    "side_by_side",
+    "summary_text",
+    "write_report",
+]

@@ -10,21 +10,39 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from lorica.report.records import Leak, PlanEntry
-from lorica.report.svg import Scale, axes, canvas, colour, line, marker, rect, spread, tag, text
-from lorica.report.tables import percent, scientific
+from lorica.report.svg import (
+    COLOURS,
+    Scale,
+    axes,
+    canvas,
+    colour,
+    line,
+    marker,
+    rect,
+    spread,
+    stroke,
+    tag,
+    text,
+    whisker,
+)
+from lorica.report.tables import scientific
 from lorica.scores import ScoreMatrix, shorten
 
 WIDTH = 460
+WIDE = 8
+"""Up to so many tasks the cells of a score matrix are wide enough for a decimal."""
+
 _FLOOR = 1e-9  # leakage below float32's rounding of a sum is drawn at the edge
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: a short name to write at its end, the method's colour index, and points (y None = a gap)."""
+    """One line: a short name to write at its end, its colour index, points (y None = a gap), and their intervals."""
 
     name: str
     index: int
     points: Sequence[tuple[float, float | None]]
+    spread: Sequence[tuple[float, float, float]] = ()
 
     def measured(self) -> list[tuple[float, float]]:
         return [(x, y) for x, y in self.points if y is not None]
@@ -39,6 +57,7 @@ def line_chart(
     y_title: str,
     least: float = 10,
     reference: tuple[float, str] | None = None,
+    also: Sequence[float] = (),
 ) -> Markup:
     """Return lines with their names at the end, x in whole numbers.
 
@@ -46,60 +65,43 @@ def line_chart(
         series: at least one with a measured point.
         least: smallest range of the y axis, in its unit.
         reference: a y value to compare with, drawn dashed, and its name.
+        also: further y values that must fit, so that several charts share one axis.
     """
     known = [point for one in series for point in one.measured()]
-    height, right = 290, WIDTH - 14 - 7.2 * max(len(_name(one.name)) for one in series)
+    drawn = [one for one in series if one.measured()]
+    room = 34 if len(drawn) > COLOURS else 20
+    height, right = max(290, 100 + 16 * len(drawn)), WIDTH - room - 8 * max(len(_name(one.name)) for one in drawn)
     x = Scale.nice([px for px, _ in known], 44, right, whole=True)
-    values = [py for _, py in known] + ([reference[0]] if reference else [])
+    values = [py for _, py in known] + ([reference[0]] if reference else []) + list(also)
+    values += [end for one in drawn for _, *ends in one.spread for end in ends]
     y = Scale.nice(values, height - 48, 40, least=least)
     parts = axes(x, y, x_title, y_title)
     if reference:
         at = y(reference[0])
         parts += [line(x.start, at, x.end, at, "reference"), text(x.end, at - 6, reference[1], "end", "note")]
-    drawn = [one for one in series if one.measured()]
     ends = spread([y(one.measured()[-1][1]) for one in drawn], 16, y.end, y.start)
     for one, end in zip(drawn, ends, strict=True):
-        parts.append(_line(one, x, y))
-        at = x(one.measured()[-1][0]) + 10
-        parts.append(text(at, end + 4, _name(one.name), class_=f"direct {colour(one.index)}"))
-    return canvas(WIDTH, height, title, description, parts)
-
-
-def scatter(series: Sequence[Series], *, title: str, description: str, x_title: str, y_title: str) -> Markup:
-    """Return one named point per method, and the front: the methods that none beats on both axes."""
-    known = [(one, one.measured()[0]) for one in series if one.measured()]
-    height = 340
-    x = Scale.nice([px for _, (px, _) in known], 48, WIDTH - 30, least=10)
-    y = Scale.nice([py for _, (_, py) in known], height - 48, 44, least=10)
-    parts = [*axes(x, y, x_title, y_title), text(x.end, 22, "better: up and right", "end", "note")]
-    parts += [line(x(tick), y.start, x(tick), y.end, "grid") for tick in x.ticks]
-    best = sorted({p for _, p in known if not any(_beats(q, p) for _, q in known)})
-    if len(best) > 1:
-        path = "M" + "L".join(f"{x(px):.1f} {y(py):.1f}" for px, py in best)
-        parts.append(tag("path", d=path, class_="reference"))
-    heights = spread([y(py) for _, (_, py) in known], 16, y.end, y.start)
-    for (one, (px, py)), at in zip(known, heights, strict=True):
-        left = x(px) > (x.start + x.end) / 2
-        side = x(px) + (-12 if left else 12)
-        parts.append(marker(one.index, x(px), y(py), f"{one.name}: {px:.1f}, {py:.1f}", r=6))
-        anchor = "end" if left else "start"
-        parts.append(text(side, at + 4, _name(one.name, 24), anchor, f"direct {colour(one.index)}"))
+        parts += [_line(one, x, y), *_end_label(one, x, y, end, marked=len(drawn) > COLOURS)]
     return canvas(WIDTH, height, title, description, parts)
 
 
 def heat_map(matrix: ScoreMatrix, *, title: str, description: str) -> Markup:
-    """Return the score matrix as cells, one fixed colour scale from 0 to 100, the diagonal outlined."""
-    tasks, names = len(matrix.tasks), 122
-    cell, row = max(40, min(66, (WIDTH - names) / tasks)), 32
+    """Return the score matrix as cells, one fixed colour scale from 0 to 100, the diagonal outlined.
+
+    Many tasks are written without decimals, for their cells are narrow.
+    """
+    tasks, names = len(matrix.tasks), 132
+    wide = tasks <= WIDE
+    cell, row = max(40 if wide else 31, min(66, (WIDTH - names) / tasks)), 32 if wide else 28
     top = 42
     parts = [text(names + cell * tasks / 2, 14, "scored on task", "middle", "axis-title")]
     for j in range(tasks):
         parts.append(text(names + cell * (j + 0.5), top - 8, j + 1, "middle", "tick"))
     for i, name in enumerate(matrix.stages()):
         y = top + i * row + (6 if i else 0)  # a gap sets the row before training apart
-        parts.append(text(names - 10, y + 21, shorten(name, 16, "…"), "end", "tick"))
+        parts.append(text(names - 10, y + row / 2 + 5, shorten(name, 16, "…"), "end", "tick"))
         for j, score in enumerate(matrix.scores[i]):
-            parts.append(_cell(names + j * cell, y, cell, row, float(score)))
+            parts.append(_cell(names + j * cell, y, cell, row, float(score), 1 if wide else 0))
     for j in range(tasks):
         x, y = names + j * cell + 1, top + (j + 1) * row + 7
         parts.append(rect(x, y, cell - 2, row - 2, rx=4, class_="outline"))
@@ -154,24 +156,31 @@ def _line(one: Series, x: Scale, y: Scale) -> Markup:
         pen = "M" if py is None else "L"
     marks = one.measured() if len(one.points) <= 20 else []
     dots = [marker(one.index, x(px), y(py), f"{one.name}: {py:.1f} at {px:g}") for px, py in marks]
-    return tag("g", tag("path", d=path, class_="line"), *dots, class_=colour(one.index))
+    bars = [whisker(x(px), y(low), x(px), y(high), one.index) for px, low, high in one.spread]
+    return tag("g", tag("path", d=path, class_=stroke(one.index)), *bars, *dots, class_=colour(one.index))
+
+
+def _end_label(one: Series, x: Scale, y: Scale, at: float, *, marked: bool) -> list[Markup]:
+    """Return a line's name at its end, with a thin line to it where it had to move, and its mark if asked for."""
+    last, value = one.measured()[-1]
+    start, moved = x(last), abs(at - y(value)) > 6
+    parts = [line(start + 6, y(value), x.end + 14, at, f"leader {colour(one.index)}")] if moved else []
+    left = x.end + 16 if marked or moved else start + 10
+    parts += [marker(one.index, left + 5, at)] if marked else []
+    return [*parts, text(left + (13 if marked else 0), at + 4, _name(one.name), class_=f"direct {colour(one.index)}")]
 
 
 def _name(name: str, width: int = 16) -> str:
     return shorten(name, width, "…")
 
 
-def _beats(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    return a != b and a[0] >= b[0] and a[1] >= b[1]
-
-
-def _cell(x: float, y: float, width: float, height: float, score: float) -> Markup:
+def _cell(x: float, y: float, width: float, height: float, score: float, digits: int) -> Markup:
     missing = math.isnan(score)
     box = rect(
         x + 1, y + 1, width - 2, height - 2, rx=4,
         class_="cell missing" if missing else "cell", fill_opacity=0.0 if missing else round(score / 100, 3),
     )  # fmt: skip
-    return box + text(x + width / 2, y + height / 2 + 5, "–" if missing else percent(score), "middle", "number")
+    return box + text(x + width / 2, y + height / 2 + 5, "–" if missing else f"{score:.{digits}f}", "middle", "number")
 
 
 def plan_grid(plan: Sequence[PlanEntry]) -> tuple[dict[str, dict[str, list[PlanEntry]]], list[str]]:

@@ -10,11 +10,17 @@ from jinja2 import FileSystemLoader
 from jinja2.sandbox import SandboxedEnvironment
 
 from lorica.errors import LoricaError
-from lorica.report.compare import compare_part
-from lorica.report.parts import Part, Section
-from lorica.report.records import Record, RunRecord, TrainRecord, read_records
+from lorica.report.chain import chains
+from lorica.report.chain_part import chain_part
+from lorica.report.compare import compare_part, comparisons
+from lorica.report.inspection import inspection_part
+from lorica.report.inspection_record import InspectionRecord
+from lorica.report.judgement import judgement_part
+from lorica.report.parts import Figure, Part, Section
+from lorica.report.reading import Record, read_records
+from lorica.report.records import JudgeRecord, RunRecord, TrainRecord
 from lorica.report.svg import colour, marker
-from lorica.report.tables import markdown
+from lorica.report.tables import Table, markdown
 from lorica.report.update import update_part
 
 HTML_NAME = "report.html"
@@ -22,13 +28,15 @@ MARKDOWN_NAME = "report.md"
 
 
 def write_report(runs: Iterable[Mapping[str, Any] | Path | str], output_dir: Path | str) -> Path:
-    """Write ``report.html`` and ``report.md`` from run records alone.
+    """Write ``report.html`` and ``report.md`` from records alone.
 
-    Runs of one stream and task order are compared in one part; every training record is a part of its own.
+    Runs of one stream on one model are compared in one part, in which orders and seeds are replicates of a method.
+    Updates that go on from each other are one part, every other update, judgement and inspection one of its own.
     The page needs no network and no other file. The same records give the same bytes.
 
     Args:
-        runs: records, paths of ``run.json`` or ``lorica.json``, or output folders that hold them.
+        runs: records, paths of ``run.json``, ``lorica.json``, ``judge.json`` or ``inspect.json``, or folders that
+            hold some of them, at any depth.
         output_dir: where to write; made if missing.
 
     Returns:
@@ -49,13 +57,16 @@ def write_report(runs: Iterable[Mapping[str, Any] | Path | str], output_dir: Pat
 
 
 def report_parts(records: Sequence[Record]) -> list[Part]:
-    """Return the report as data: one part per stream, then one per training run."""
-    streams: dict[tuple[str, ...], list[RunRecord]] = {}
-    for record in records:
-        if isinstance(record, RunRecord):
-            streams.setdefault((record.stream, *record.tasks), []).append(record)
-    updates = [record for record in records if isinstance(record, TrainRecord)]
-    return [*map(compare_part, streams.values()), *map(update_part, updates)]
+    """Return the report as data: comparisons, chains of updates, single updates, judgements, inspections."""
+    linked, single = chains([record for record in records if isinstance(record, TrainRecord)])
+    judged = [record for record in records if isinstance(record, JudgeRecord)]
+    return [
+        *map(compare_part, comparisons([record for record in records if isinstance(record, RunRecord)])),
+        *map(chain_part, linked),
+        *map(update_part, single),
+        *([judgement_part(judged)] if judged else []),
+        *(inspection_part(record) for record in records if isinstance(record, InspectionRecord)),
+    ]
 
 
 def html_report(parts: Sequence[Part]) -> str:
@@ -72,20 +83,31 @@ def markdown_report(parts: Sequence[Part]) -> str:
 
 
 def _part_blocks(part: Part) -> list[str]:
+    answers = [f"**{markdown(question)}** {markdown(answer)}" for question, answer in part.answers]
+    notices = ["\n".join(f"- notice: {markdown(notice)}" for notice in part.notices)] if part.notices else []
     sections = [block for section in part.sections if section for block in _section_blocks(section)]
-    return [f"# {markdown(part.title)}", markdown(part.sentence), *sections]
+    return [f"# {markdown(part.title)}", markdown(part.sentence), *answers, *notices, *sections]
 
 
 def _section_blocks(section: Section) -> list[str]:
     blocks = [f"## {section.heading}"]
     if section.intro:
         blocks.append(markdown(section.intro))
-    for figure in section.figures:
-        title = f"**{markdown(figure.entry.label)}.** " if figure.entry else ""
-        blocks += [title + markdown(figure.caption), figure.table.markdown()]
+    blocks += [block for figure in section.figures for block in _figure_blocks(figure)]
     if section.table:
         blocks.append(section.table.markdown())
+    blocks += _folded(section.details)
     for label, command in section.code:
         blocks += [markdown(label)] if label else []
         blocks.append("\n".join(f"    {line}" for line in command.splitlines()))
     return blocks
+
+
+def _figure_blocks(figure: Figure) -> list[str]:
+    heading = figure.entry.label if figure.entry else figure.heading
+    title = f"**{markdown(heading)}.** " if heading else ""
+    return [title + markdown(figure.caption), figure.table.markdown(), *_folded(figure.details)]
+
+
+def _folded(tables: Sequence[tuple[str, Table]]) -> list[str]:
+    return [block for what, table in tables for block in (f"**{markdown(what)}**", table.markdown())]

@@ -5,21 +5,23 @@ Page and Markdown print the same parts, so that neither can say what the other d
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from markupsafe import Markup
 
 from lorica.report.charts import leak_dots, plan_bars, plan_grid, short_name
-from lorica.report.records import Leak, Record, RunRecord, TrainRecord
+from lorica.report.records import Cost, Leak, _Record
 from lorica.report.tables import MISSING, Table, count, duration, scientific, size
 
 WORST = 10
 """How many weights the leakage section shows; the worst, by either side."""
 
-AnyRecord = TypeVar("AnyRecord", RunRecord, TrainRecord)
+PLAIN = "seqft"
+"""The method whose step all others are measured against."""
+
+AnyRecord = TypeVar("AnyRecord", bound=_Record)
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,28 @@ class Entry(Generic[AnyRecord]):
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, what to see in it, and the same numbers as a table."""
+    """A chart, what to see in it, the same numbers as a table; ``details``: further tables, by what they hold."""
 
     svg: Markup
     caption: str
     table: Table
     entry: Entry[Any] | None = None
+    details: Sequence[tuple[str, Table]] = ()
+    heading: str = ""
 
 
 @dataclass(frozen=True)
 class Section:
+    """A heading with what stands below it; of the figures the first ``shown`` are open, the rest folded."""
+
     heading: str
     intro: str = ""
     figures: Sequence[Figure] = ()
     table: Table | None = None
     code: Sequence[tuple[str, str]] = ()
     wide: bool = False
+    shown: int = 6
+    details: Sequence[tuple[str, Table]] = ()
 
 
 @dataclass(frozen=True)
@@ -69,22 +77,20 @@ class Card:
 
 @dataclass(frozen=True)
 class Part:
-    """One stream with all its methods, or one training run."""
+    """One stream with all its methods, one update or several in order, one judgement, one inspection.
+
+    Attributes:
+        sentence: what it is, or all that is to be said of it.
+        answers: questions with what was found, before everything else.
+        notices: what limits the figures; no output is without them.
+    """
 
     title: str
     sentence: str
     cards: Sequence[Card] = ()
-    sections: Sequence[Section | None] = field(default=())
-
-
-def named(records: Sequence[AnyRecord]) -> list[Entry[AnyRecord]]:
-    """Return the records with labels that differ: the seed is added where needed, then a number."""
-    labels = _distinct([record.title for record in records], records)
-    methods = Counter(record.method for record in records)
-    names = [
-        record.method if methods[record.method] == 1 else label for record, label in zip(records, labels, strict=True)
-    ]
-    return [Entry(*item, index) for index, item in enumerate(zip(records, labels, names, strict=True))]
+    sections: Sequence[Section | None] = ()
+    answers: Sequence[tuple[str, str]] = ()
+    notices: Sequence[str] = ()
 
 
 def plan_section(entries: Sequence[Entry[Any]]) -> Section | None:
@@ -96,7 +102,7 @@ def plan_section(entries: Sequence[Entry[Any]]) -> Section | None:
         "The protected share k / min(M, N) of every weight matrix, in percent; the rest is free to learn. "
         "A full bar is a matrix that may not change."
     )
-    return Section("What was protected", intro, figures, wide=True)
+    return Section("What was protected", intro, figures, wide=True, shown=3)
 
 
 def leakage_section(entries: Sequence[Entry[Any]]) -> Section | None:
@@ -108,18 +114,24 @@ def leakage_section(entries: Sequence[Entry[Any]]) -> Section | None:
         "The share of each weight's change that lies in its protected directions, measured on the weights "
         "themselves. An unconstrained change of the same shape would have the hollow value."
     )
-    return Section("Did the protection hold", intro, figures, wide=True)
+    return Section("Did the protection hold", intro, figures, wide=True, shown=3)
 
 
 def cost_section(entries: Sequence[Entry[Any]]) -> Section | None:
     """Return time, memory and trained parameters; figures that no record holds are left out."""
+    costs = [e.record.cost for e in entries]
+    plain = next((e.record.cost for e in entries if e.record.method == PLAIN), Cost())
     columns = {
-        "time": [duration(e.record.cost.seconds) for e in entries],
-        "per step": [duration(e.record.cost.seconds_per_step) for e in entries],
-        "peak memory": [size(e.record.cost.peak_rss_bytes) for e in entries],
-        "trainable parameters": [count(e.record.cost.trainable_parameters) for e in entries],
+        "time": [duration(cost.seconds) for cost in costs],
+        "training": [duration(cost.training_seconds) for cost in costs],
+        "steps": [str(cost.steps) if cost.steps is not None else MISSING for cost in costs],
+        "per step": [duration(cost.seconds_per_step) for cost in costs],
+        f"per step, {PLAIN} = 1": [_ratio(cost.seconds_per_step, plain.seconds_per_step) for cost in costs],
+        "peak memory": [size(cost.peak_rss_bytes) for cost in costs],
+        f"memory, {PLAIN} = 1": [_ratio(cost.peak_rss_bytes, plain.peak_rss_bytes) for cost in costs],
+        "trainable parameters": [count(cost.trainable_parameters) for cost in costs],
         "of all": [_share_trained(e.record) for e in entries],
-        "trained bytes": [size(e.record.cost.trained_bytes) for e in entries],
+        "trained bytes": [size(cost.trained_bytes) for cost in costs],
     }
     known = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
     if not known:
@@ -172,17 +184,6 @@ def leak_of(leak: Leak) -> float:
     return max((value for value, free in sides if value is not None and free), default=0.0)
 
 
-def _distinct(labels: list[str], records: Sequence[Record]) -> list[str]:
-    seeded = [
-        f"{label}, seed {r.seed}" if labels.count(label) > 1 and r.seed is not None else label
-        for label, r in zip(labels, records, strict=True)
-    ]
-    return [
-        f"{label} ({seeded[: i + 1].count(label)})" if seeded.count(label) > 1 else label
-        for i, label in enumerate(seeded)
-    ]
-
-
 def _plan_figure(entry: Entry[Any]) -> Figure:
     plan = entry.record.plan
     layers, kinds = plan_grid(plan)
@@ -220,11 +221,15 @@ def _pair(value: float | None, free: float | None) -> tuple[str, str]:
     return (scientific(value), scientific(free)) if free else (MISSING, MISSING)
 
 
+def _ratio(value: float | None, plain: float | None) -> str:
+    return f"{value / plain:.2f}" if value is not None and plain else MISSING
+
+
 def _shares(cells: Sequence[Any]) -> str:
     return f"{100 * sum(one.share for one in cells) / len(cells):.0f}" if cells else MISSING
 
 
-def _share_trained(record: Record) -> str:
+def _share_trained(record: _Record) -> str:
     trained, total = record.cost.trainable_parameters, record.model_parameters
     return f"{100 * trained / total:.1f} %" if trained is not None and total else MISSING
 

@@ -1,19 +1,17 @@
-"""Run records: what one run wrote about itself, read back and validated. The report needs nothing else."""
+"""The records of commands: what a run, an update or a judgement wrote about itself. The report needs nothing else."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lorica.errors import LoricaError, did_you_mean
-from lorica.scores import ScoreMatrix
+from lorica.errors import LoricaError
+from lorica.scores import FloatArray, ScoreMatrix
 
 SCHEMA = 1
-FILE_NAMES = ("run.json", "lorica.json")
 
 Values = dict[str, float | None]
 
@@ -28,6 +26,8 @@ class Cost(_Part):
     """What a run took; every figure is optional."""
 
     seconds: float | None = None
+    training_seconds: float | None = None
+    steps: int | None = None
     seconds_per_step: float | None = None
     peak_rss_bytes: int | None = None
     trainable_parameters: int | None = None
@@ -111,13 +111,55 @@ class _Record(_Part):
         return self.label or self.method
 
 
+class MethodFacts(_Part):
+    """What a reader must know of a method beside its scores."""
+
+    stores: str = ""
+    needs_old_data: bool = False
+    needs_task_id: bool = False
+
+
+class Candidate(_Part):
+    """What one learning rate reached on the rows it was chosen on; of each held-out ability before and after."""
+
+    average_accuracy: float | None = None
+    learning_accuracy: float | None = None
+    retention: dict[str, list[float | None]] = {}
+
+
+class Sweep(_Part):
+    """The choice of a learning rate: the grid, the figures by rate as text, and which rate it was."""
+
+    selected: float
+    selected_by: str
+    at_edge_of_grid: bool = False
+    validation: dict[str, Candidate] = {}
+
+
 class RunRecord(_Record):
-    """One method on one stream of tasks (``run.json``)."""
+    """One method on one stream of tasks, with one order and one seed (``run.json``).
+
+    ``row_scores`` holds the scores of single rows at the end, by task or ability, as one string of numbers each.
+    """
 
     stream: str
+    stream_version: int | str | None = None
     tasks: list[str]
     scores: list[list[float | None]]
     retention: dict[str, list[float | None]] = {}
+    name: str | None = None
+    order: str | None = None
+    left_out: list[str] = []
+    facts: MethodFacts | None = None
+    sweep: Sweep | None = None
+    beside: dict[str, dict[str, list[float | None]]] = {}
+    row_scores: dict[str, str] = {}
+    metric_names: dict[str, str] = {}
+    floors: dict[str, float] = {}
+    carried_bytes: list[int] = []
+    worst_leakage: list[float | None] = []
+    data: dict[str, Any] = {}
+    config: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _fits(self) -> RunRecord:
@@ -130,10 +172,28 @@ class RunRecord(_Record):
                 raise ValueError(f"retention of {ability!r} has {len(values)} values, not {len(self.tasks) + 1}")
         return self
 
-    @property
+    @cached_property
     def matrix(self) -> ScoreMatrix:
         """The scores, checked. Metrics are always computed from it, so that they cannot disagree with it."""
         return ScoreMatrix.from_json({"tasks": self.tasks, "scores": self.scores})
+
+    @cached_property
+    def rows(self) -> dict[str, FloatArray]:
+        """The score of every row at the end, by task or ability, where they were kept.
+
+        Raises:
+            LoricaError: a string holds something else than numbers.
+        """
+        try:
+            return {name: np.array(text.split(), dtype=np.float64) for name, text in self.row_scores.items() if text}
+        except ValueError as error:
+            raise LoricaError(f"run record of {self.title!r}: row_scores: {error}") from None
+
+    def limits(self) -> dict[str, Any]:
+        """Return what cut the run short of its benchmark, of the run's own settings that say so."""
+        run = self.config.get("run")
+        names = ("max_train_rows", "max_test_rows", "max_new_tokens", "max_length")
+        return {name: run[name] for name in names if run.get(name) is not None} if isinstance(run, dict) else {}
 
     def retained(self, stage: int) -> float | None:
         """Mean over the held-out abilities after ``stage`` tasks, percent; None where one is unmeasured."""
@@ -142,79 +202,63 @@ class RunRecord(_Record):
         return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
+class Parent(_Part):
+    """The model that an update started from, and how many updates had made it."""
+
+    model: str | None = None
+    weights_sha256: str | None = None
+    updates: int = 0
+
+
 class TrainRecord(_Record):
-    """One update of one model on one data set (``lorica.json``)."""
+    """One update of one model on one data set (``lorica.json``).
+
+    ``rejected`` holds the files that lost too much, with the points; the model was set aside then.
+    """
 
     method: str = "osft"
     scores: BeforeAfter = BeforeAfter()
     loss_curve: list[LossPoint] = []
     data: Data = Data()
+    parent: Parent = Parent()
+    weights_sha256: str | None = None
+    carried_bytes: int | None = None
+    rejected: dict[str, float] = {}
 
 
-Record = RunRecord | TrainRecord
-_KINDS: dict[str, type[RunRecord] | type[TrainRecord]] = {"run": RunRecord, "train": TrainRecord}
+class Share(_Part):
+    """A percentage with the ends of its interval."""
+
+    percent: float
+    low: float | None = None
+    high: float | None = None
 
 
-def read_record(source: Mapping[str, Any] | Path | str) -> Record:
-    """Return one validated record.
+class BothSides(_Part):
+    """A figure of the model before and of the one after."""
 
-    Args:
-        source: a record, or the path of a JSON file that holds one.
-
-    Raises:
-        LoricaError: not readable, not JSON, an unknown schema or kind, or a missing or wrong field; names
-            the file and the field.
-    """
-    if isinstance(source, Mapping):
-        return _validated(dict(source), "run record")
-    path = Path(source)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise LoricaError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise LoricaError(f"{path}: not a JSON file ({error})") from None
-    return _validated(data, str(path))
+    before: float | None = None
+    after: float | None = None
 
 
-def read_records(sources: Iterable[Mapping[str, Any] | Path | str]) -> list[Record]:
-    """Return the records of several sources; a folder stands for the records in it and one level below."""
-    records = [read_record(item) for source in sources for item in _expand(source)]
-    if not records:
-        raise LoricaError("nothing to report: give at least one run record or output folder")
-    return records
+class JudgeRecord(_Part):
+    """A model judged against the one before it, prompt by prompt (``judge.json``)."""
 
-
-def _expand(source: Mapping[str, Any] | Path | str) -> list[Mapping[str, Any] | Path]:
-    if isinstance(source, Mapping):
-        return [source]
-    path = Path(source)
-    if not path.is_dir():
-        return [path]
-    folders = [path, *sorted(child for child in path.iterdir() if child.is_dir())]
-    found = [next((f / name for name in FILE_NAMES if (f / name).is_file()), None) for f in folders]
-    files: list[Mapping[str, Any] | Path] = [file for file in found if file is not None]
-    if not files:
-        raise LoricaError(f"{path}: no {' or '.join(FILE_NAMES)} in this folder or one level below it")
-    return files
-
-
-def _validated(data: Any, where: str) -> Record:
-    if not isinstance(data, dict):
-        raise LoricaError(f"{where}: a run record is a JSON object, this is a {type(data).__name__}")
-    if data.get("schema") != SCHEMA:
-        raise LoricaError(f"{where}: field 'schema' is {data.get('schema')!r}; this version reads {SCHEMA}")
-    kind = data.get("kind")
-    if kind not in _KINDS:
-        hint = did_you_mean(str(kind), _KINDS)
-        raise LoricaError(f"{where}: field 'kind' is {kind!r}, not one of {', '.join(_KINDS)}.{hint}")
-    try:
-        return _KINDS[kind].model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "scores"
-        raise LoricaError(f"{where}: field {field!r}: {first['msg']}") from None
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
+    before: str
+    after: str
+    win: Share
+    tie: Share
+    lose: Share
+    prompts: int
+    level: float = 0.95
+    ties: dict[str, int] = {}
+    judge: dict[str, Any] = {}
+    keyword_refusal_rate: BothSides = BothSides()
+    cut_answers: BothSides = BothSides()
+    max_new_tokens: int | None = None
+    files: dict[str, Any] = {}
+    limit: int | None = None
+    versions: dict[str, Any] = {}
+    hardware: dict[str, Any] = {}
+    git_revision: str | None = None
+    command: str | None = None

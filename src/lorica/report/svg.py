@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-COLOURS = 6
+COLOURS = 8
 MARKERS = 4
 
 
@@ -46,7 +46,10 @@ def colour(index: int) -> str:
 
 
 def marker(index: int, x: float, y: float, note: str = "", r: float = 4.5) -> Markup:
-    """Return the mark of method ``index``: shape and colour, so that neither alone has to be told apart."""
+    """Return the mark of method ``index``: shape and colour, so that neither alone has to be told apart.
+
+    The shapes move on by one whenever the colours start again, so that the first 32 marks all differ.
+    """
     children = [tag("title", note)] if note else []
     shapes = [
         f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0Z",
@@ -55,7 +58,17 @@ def marker(index: int, x: float, y: float, note: str = "", r: float = 4.5) -> Ma
         f"M{x:.1f} {y - 1.3 * r:.1f}l{1.3 * r:.1f} {1.3 * r:.1f}l{-1.3 * r:.1f} {1.3 * r:.1f}"
         f"l{-1.3 * r:.1f} {-1.3 * r:.1f}Z",
     ]
-    return tag("path", *children, d=shapes[index % MARKERS], class_=f"mark {colour(index)}")
+    return tag("path", *children, d=shapes[(index + index // COLOURS) % MARKERS], class_=f"mark {colour(index)}")
+
+
+def stroke(index: int) -> str:
+    """Return the class of a line: dashed once the colours have started again."""
+    return "line" if index // COLOURS % 2 == 0 else "line dashed"
+
+
+def whisker(x1: float, y1: float, x2: float, y2: float, index: int) -> Markup:
+    """Return an interval as a thin line in the colour of method ``index``."""
+    return line(x1, y1, x2, y2, f"whisker {colour(index)}")
 
 
 @dataclass(frozen=True)

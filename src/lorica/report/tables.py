@@ -19,11 +19,17 @@ class Table:
         header: column names.
         rows: one list of cells per row, as long as the header.
         left: how many leading columns hold words and are aligned left; the rest hold numbers.
+        words: further columns that hold words, counted from 0.
     """
 
     header: list[str]
     rows: list[list[str]]
     left: int = 1
+    words: tuple[int, ...] = ()
+
+    def is_word(self, column: int) -> bool:
+        """Return whether a column holds words."""
+        return column < self.left or column in self.words
 
     def text(self, *, widest: int = 40) -> str:
         """Return the table aligned for a terminal, cells cut to ``widest`` characters."""
@@ -31,7 +37,7 @@ class Table:
         widths = [max(len(line[j]) for line in lines) for j in range(len(self.header))]
         return "\n".join(
             "  ".join(
-                cell.ljust(width) if j < self.left else cell.rjust(width)
+                cell.ljust(width) if self.is_word(j) else cell.rjust(width)
                 for j, (cell, width) in enumerate(zip(line, widths, strict=True))
             ).rstrip()
             for line in lines
@@ -39,7 +45,7 @@ class Table:
 
     def markdown(self) -> str:
         """Return the table in GitHub's Markdown, cells escaped."""
-        rule = [":--" if j < self.left else "--:" for j in range(len(self.header))]
+        rule = [":--" if self.is_word(j) else "--:" for j in range(len(self.header))]
         body = [[markdown(cell) for cell in line] for line in self.rows]
         lines = [[markdown(cell) for cell in self.header], rule, *body]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -58,7 +64,7 @@ def percent(value: float | None) -> str:
 
 def points(value: float | None) -> str:
     """A difference in percentage points, with its sign."""
-    return MISSING if value is None or value != value else f"{value:+.1f}"
+    return MISSING if value is None or value != value else f"{round(value, 1) + 0.0:+.1f}"
 
 
 def scientific(value: float | None) -> str:

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lorica.report.tables import Table, percent, points
+from lorica.report.reading import read_record
+from lorica.report.records import RunRecord
+from lorica.report.replicates import (
+    MethodRuns,
+    at_end,
+    forgetting,
+    held_out_change,
+    learned,
+    replicates,
+    transfer,
+)
+from lorica.report.tables import MISSING, Table, listed, percent, points, scientific, size
 from lorica.scores import LABEL_WIDTH, METRICS, ScoreMatrix, shorten
 
 Series = Sequence[float | None]
@@ -39,6 +51,54 @@ def side_by_side(matrices: Mapping[str, ScoreMatrix], retention: Retention | Non
     if retention and any(retention.values()):
         bands.append(retention_table(retention).text(widest=32))
     return "\n\n".join(bands)
+
+
+def summary_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table that ends ``lorica run``: one line per method, and how to read it.
+
+    Args:
+        records: the runs, as ``run.json`` holds them; orders and seeds of one method become one line.
+
+    Raises:
+        LoricaError: a record has a missing or wrong field.
+    """
+    runs = [record for record in map(read_record, records) if isinstance(record, RunRecord)]
+    if not runs:
+        return ""
+    methods = replicates(runs)
+    return f"{summary_table(methods).text(widest=32)}\n\n{averaged_over(methods)}"
+
+
+def summary_table(methods: Sequence[MethodRuns]) -> Table:
+    """Return what each method learned and kept, and what it takes to use it; what no run tells is left out."""
+    columns = {
+        "learned": [one.told(learned) for one in methods],
+        "at the end": [one.told(at_end) for one in methods],
+        "backward transfer": [one.told(transfer, "+") for one in methods],
+        "forgetting": [one.told(forgetting) for one in methods],
+        "held out, change": [one.told(held_out_change, "+") for one in methods],
+        "learning rate": [rates(one) for one in methods],
+        "carried": [size(one.carried) for one in methods],
+        "old data": [_needed(one, "needs_old_data") for one in methods],
+        "task id": [_needed(one, "needs_task_id") for one in methods],
+        "runs": [str(len(one.cells)) for one in methods],
+    }
+    known = {name: cells for name, cells in columns.items() if set(cells) != {MISSING}}
+    rows = [[one.label, *(cells[i] for cells in known.values())] for i, one in enumerate(methods)]
+    return Table(["method", *known], rows)
+
+
+def averaged_over(methods: Sequence[MethodRuns]) -> str:
+    """Return what the figures of a comparison are means of, for the line below its table."""
+    seeds, orders = _range([len(one.seeds) for one in methods]), _range([len(one.orders) for one in methods])
+    spread = "" if seeds == "1" else f", mean ± standard deviation over {seeds} seeds"
+    inside = "" if orders == "1" else f", each seed the mean of {orders} orders of the tasks"
+    return f"Percent and points{spread}{inside}."
+
+
+def rates(runs: MethodRuns) -> str:
+    """Return the learning rates of a method's runs."""
+    return listed([scientific(rate) for rate in runs.learning_rates]) or MISSING
 
 
 def metrics_table(matrices: Mapping[str, ScoreMatrix], retention: Retention | None = None) -> Table:
@@ -78,3 +138,13 @@ def _band(matrices: Mapping[str, ScoreMatrix], block: int) -> str:
         (name + _GAP.join(part.ljust(block) for part in parts)).rstrip()
         for name, *parts in zip(names, *blocks, strict=True)
     )
+
+
+def _needed(runs: MethodRuns, fact: str) -> str:
+    facts = runs.record.facts
+    return MISSING if facts is None else "needed" if getattr(facts, fact) else "no"
+
+
+def _range(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return str(most) if least == most else f"{least} to {most}"

@@ -16,19 +16,18 @@ from lorica.report.parts import (
     flattened,
     leak_of,
     leakage_section,
-    named,
     plan_section,
     rerun_section,
 )
 from lorica.report.records import LossPoint, Measured, TrainRecord
-from lorica.report.tables import MISSING, Table, duration, scientific
+from lorica.report.tables import MISSING, Table, duration, listed, scientific
 
 Change = tuple[str, float | None, float | None]
 
 
 def update_part(record: TrainRecord) -> Part:
     """Return the whole account of one update."""
-    entry = named([record])[0]
+    entry = Entry(record, record.title, record.method, 0)
     changes = _changes(record)
     sections = [
         _before_after_section(changes),
@@ -39,8 +38,10 @@ def update_part(record: TrainRecord) -> Part:
         cost_section([entry]),
         rerun_section([entry]),
     ]
+    lost = [f"{name} lost {points:.1f} points" for name, points in record.rejected.items()]
+    notices = [f"Rejected: {listed(lost)}; the model was set aside."] if lost else []
     title = f"{record.model or 'model'}: one update with {record.method}"
-    return Part(title, _sentence(entry, changes), [_card(entry, changes)], sections)
+    return Part(title, _sentence(entry, changes), [_card(entry, changes)], sections, notices=notices)
 
 
 def _changes(record: TrainRecord) -> list[Change]:

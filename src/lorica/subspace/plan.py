@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,7 +13,13 @@ from torch import Tensor
 from lorica.errors import LoricaError
 
 Constraint = Literal["two-sided", "input", "output", "block"]
-Source = Literal["weight", "activation"]
+Source = Literal["weight", "activation", "hybrid"]
+
+MEASURED: tuple[Source, ...] = ("activation", "hybrid")
+"""The sources that look at a layer's inputs and so need calibration."""
+
+Pair = tuple[Tensor, Tensor]
+"""Orthonormal directions of one weight's outputs (M x A) and inputs (N x B)."""
 
 
 class PlanEntry(BaseModel):
@@ -22,12 +28,13 @@ class PlanEntry(BaseModel):
     Attributes:
         name: the module's name in the model.
         shape: (out, in) as in ``nn.Linear``, also for weights that are stored transposed.
-        k: how many directions are protected on each constrained side, 0 (plain training) to min(shape)
-            for ``source="weight"``, to the side's dimension for ``source="activation"``.
-        source: where the directions come from: the weight's singular vectors (``weight``, the paper) or
-            the principal directions of the layer's inputs (``activation``).
+        k: how many directions the source gives each constrained side, 0 (plain training) to ``limit``.
+        source: where the directions come from: the weight's singular vectors (``weight``, the paper), the
+            principal directions of the layer's inputs (``activation``), or both (``hybrid``).
         constraint: what every change D must satisfy: ``two-sided`` U^T D = 0 and D V = 0, ``input`` D V = 0,
             ``output`` U^T D = 0, ``block`` U^T D V = 0.
+        learned: how many (output, input) directions that finished tasks learned in are protected besides, not
+            counting what the source protects already; a side that the constraint leaves alone has none.
         why: how k came about, in words.
     """
 
@@ -38,43 +45,59 @@ class PlanEntry(BaseModel):
     k: int = Field(ge=0)
     source: Source = "weight"
     constraint: Constraint = "two-sided"
+    learned: tuple[int, int] = (0, 0)
     why: str = ""
 
     @property
     def limit(self) -> int:
-        """The largest k there is: N directions of the inputs, or min(M, N) singular vectors."""
-        return self.shape[1] if self.source == "activation" else min(self.shape)
+        """The largest k there is: N where only directions of the inputs are measured, else min(M, N)."""
+        return self.shape[1] if self.source in MEASURED and self.constraint == "input" else min(self.shape)
+
+    @property
+    def protected(self) -> tuple[int, int]:
+        """How many (output, input) directions are protected, by the source and as learned together."""
+        k_u, k_v = (0 if self.constraint == free_side else self.k for free_side in ("input", "output"))
+        return k_u + self.learned[0], k_v + self.learned[1]
 
     @property
     def free(self) -> int:
         """Degrees of freedom that training keeps."""
-        (m, n), k = self.shape, self.k
-        return {
-            "two-sided": (m - k) * (n - k),
-            "input": m * (n - k),
-            "output": (m - k) * n,
-            "block": m * n - k * k,
-        }[self.constraint]
+        (m, n), (a, b) = self.shape, self.protected
+        return m * n - a * b if self.constraint == "block" else (m - a) * (n - b)
 
     @property
     def share(self) -> float:
-        """Share of the side's directions that is protected."""
+        """Share of the source's directions that is protected."""
         return self.k / self.limit
 
     def cells(self) -> tuple[str, ...]:
         """Return the row of the plan's table."""
         m, n = self.shape
-        share = f"{self.share:.0%}"
-        return self.name, f"{m}x{n}", str(self.k), f"{self.free:,}", share, self.source, self.constraint, self.why
+        share, (u, v) = f"{self.share:.0%}", self.learned
+        why = f"{self.why}; learned before: {u} output, {v} input directions" if u or v else self.why
+        return self.name, f"{m}x{n}", str(self.k), f"{self.free:,}", share, self.source, self.constraint, why
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
-        if self.k > self.limit:
-            raise ValueError(f"{self.name}: k = {self.k} is out of range for shape {self.shape}: 0 to {self.limit}")
         if self.source == "activation" and self.constraint != "input":
             raise ValueError(
                 f"{self.name}: source 'activation' knows directions of the inputs only; use constraint 'input', "
                 f"not {self.constraint!r}"
+            )
+        if self.source == "hybrid" and self.constraint not in ("input", "two-sided"):
+            raise ValueError(f"{self.name}: source 'hybrid' is for constraint 'input' or 'two-sided'")
+        if self.k > self.limit:
+            raise ValueError(f"{self.name}: k = {self.k} is out of range for shape {self.shape}: 0 to {self.limit}")
+        return self
+
+    @model_validator(mode="after")
+    def _learned_fits(self) -> Self:
+        fits = all(0 <= count <= size for count, size in zip(self.protected, self.shape, strict=True))
+        idle = (self.constraint == "input" and self.learned[0]) or (self.constraint == "output" and self.learned[1])
+        if min(self.learned) < 0 or not fits or idle:
+            raise ValueError(
+                f"{self.name}: learned = {list(self.learned)} does not fit shape {self.shape} with k = {self.k} and "
+                f"constraint {self.constraint!r}"
             )
         return self
 
@@ -97,7 +120,10 @@ class Plan(BaseModel):
     train_also: list[str] = []
 
     _moments: dict[str, Tensor] = PrivateAttr(default_factory=dict)
-    """Input second moments by name, for ``source="activation"``. Measured, so not part of the saved data."""
+    """Input second moments by name, for the sources in ``MEASURED``. Measured, so not part of the saved data."""
+
+    _learned: dict[str, Pair] = PrivateAttr(default_factory=dict)
+    """Directions that finished tasks learned in, by name. Measured too."""
 
     @model_validator(mode="after")
     def _names_each_once(self) -> Self:
@@ -124,6 +150,28 @@ class Plan(BaseModel):
     def moment(self, name: str) -> Tensor | None:
         """Return the measured second moment of a layer's inputs (N x N), if the plan was made with one."""
         return self._moments.get(name)
+
+    def learned(self, name: str) -> Pair | None:
+        """Return the directions that finished tasks learned in, if the plan protects any in this weight."""
+        return self._learned.get(name)
+
+    def with_measured(
+        self, *, moments: Mapping[str, Tensor] | None = None, learned: Mapping[str, Pair] | None = None
+    ) -> Plan:
+        """Return a copy that holds what was measured, by the names of its weights; it replaces what it held before.
+
+        The entries' ``learned`` are counted as if the source protected none of these directions.
+
+        Args:
+            moments: second moments of the layers' inputs (N x N).
+            learned: directions that finished tasks learned in, orthonormal columns.
+        """
+        result = self.model_copy()
+        result._moments = self._moments if moments is None else dict(moments)
+        if learned is not None:
+            result._learned = dict(learned)
+            result.entries = [_with_learned(entry, learned.get(entry.name)) for entry in self.entries]
+        return result
 
     def records(self) -> list[dict[str, Any]]:
         """Return the entries with what follows from them, as plain dictionaries for the run record."""
@@ -172,6 +220,16 @@ class Plan(BaseModel):
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _with_learned(entry: PlanEntry, learned: Pair | None) -> PlanEntry:
+    counts = (0, 0) if learned is None else (learned[0].shape[1], learned[1].shape[1])
+    given = entry.model_copy(update={"learned": (0, 0)}).protected
+    room = [size - count for size, count in zip(entry.shape, given, strict=True)]
+    u, v = (min(count, left) for count, left in zip(counts, room, strict=True))
+    return entry.model_copy(
+        update={"learned": (0 if entry.constraint == "input" else u, 0 if entry.constraint == "output" else v)}
+    )
 
 
 def _aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:

@@ -1,4 +1,8 @@
-"""From a plan's entry and a weight to the two bases of its free directions."""
+"""From a plan's entry and a weight to the two bases of its free directions.
+
+Shape suffixes: M output rows, N input columns, S = min(M, N), D either dimension, A / B protected output / input
+directions, K directions, J more.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from torch import Tensor
 from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis, free_basis
 from lorica.subspace.linalg import split
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan import MEASURED, Pair, PlanEntry
+
+DEPENDENT = 1e-6
+"""A unit vector with less than this outside a basis adds no direction to it: that much is rounding of float32."""
 
 
 class Protected(NamedTuple):
@@ -20,39 +27,95 @@ class Protected(NamedTuple):
     v_NB: Tensor
 
 
-def protected_directions(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None = None) -> Protected:
+def protected_directions(
+    weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None = None, learned: Pair | None = None
+) -> Protected:
     """Return the directions that an entry protects.
 
     ``weight``: the top k left and right singular vectors of W. ``activation``: the top k eigenvectors of
-    the input second moment A = E[x x^T], for the input side. A side that the constraint leaves alone gets
-    zero columns (``block`` keeps both: it constrains their product), and so do both sides where k = 0.
+    the input second moment A = E[x x^T], for the input side. ``hybrid``: for the input side both, see
+    ``hybrid_inputs``; for the output side the top k left singular vectors. To these are added the directions
+    that finished tasks learned in: ``U = orth([U_source, P])``, ``V = orth([V_source, R])``.
+
+    A side that the constraint leaves alone gets zero columns (``block`` keeps both: it constrains their
+    product).
 
     Args:
         weight_MN: W, (out, in).
         entry: source, constraint and k.
-        moment_NN: A, needed for ``activation``.
+        moment_NN: A, needed for the sources in ``MEASURED``.
+        learned: P (M x J) and R (N x J), orthonormal columns, on any device; needed where the entry counts any.
     """
+    u, v = _of_source(weight_MN, entry, moment_NN)
+    if learned is None:
+        if any(entry.learned):
+            raise LoricaError(
+                f"{entry.name}: the plan protects directions that finished tasks learned in, which a saved plan does "
+                "not hold; set its 'learned' to [0, 0]: method osft adds them with protect_learned"
+            )
+        return Protected(u, v)
+    p, r = learned
+    return Protected(
+        u if entry.constraint == "input" else extended(u, p.to(u)),
+        v if entry.constraint == "output" else extended(v, r.to(v)),
+    )
+
+
+def _of_source(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None) -> Protected:
+    empty = [torch.zeros(size, 0, dtype=torch.float64, device=weight_MN.device) for size in weight_MN.shape]
     if entry.k == 0:
-        return Protected(*(torch.zeros(d, 0, dtype=torch.float64, device=weight_MN.device) for d in weight_MN.shape))
-    if entry.source == "activation":
+        return Protected(*empty)
+    u, v = empty
+    if entry.source != "activation":
+        try:
+            parts = split(weight_MN, min(entry.k, *weight_MN.shape))
+        except LoricaError as error:
+            raise LoricaError(f"{entry.name}: {error}") from error
+        u, v = parts.u_MK, parts.v_NK
+    if entry.source in MEASURED:
         if moment_NN is None:
             raise LoricaError(
-                f"{entry.name}: source 'activation' needs calibration inputs, which a saved plan does not hold; "
+                f"{entry.name}: source {entry.source!r} needs calibration inputs, which a saved plan does not hold; "
                 "make the plan anew with lorica.plan(calibration=...)"
             )
-        _, vectors = torch.linalg.eigh(moment_NN.double())
-        v_NB = vectors.flip(1)[:, : entry.k].contiguous().to(weight_MN.device)
-        return Protected(v_NB.new_zeros(weight_MN.shape[0], 0), v_NB)
-    try:
-        parts = split(weight_MN, entry.k)
-    except LoricaError as error:
-        raise LoricaError(f"{entry.name}: {error}") from error
-    u, v = parts.u_MK, parts.v_NK
-    if entry.constraint == "input":
-        u = u[:, :0]
-    if entry.constraint == "output":
-        v = v[:, :0]
-    return Protected(u, v)
+        principal_NN = torch.linalg.eigh(moment_NN.double()).eigenvectors.flip(1).to(weight_MN.device)
+        v = hybrid_inputs(principal_NN, v, entry.k)
+    return Protected(
+        empty[0] if entry.constraint == "input" else u,
+        empty[1] if entry.constraint == "output" else v,
+    )
+
+
+def hybrid_inputs(principal_NN: Tensor, singular_NS: Tensor, k: int) -> Tensor:
+    """Return k orthonormal input directions, half of them from the inputs and half from the weight.
+
+    They span the first ceil(k / 2) principal directions of the inputs, then, in order and as far as they are
+    not in the span yet, the right singular vectors of the weight, and where these are used up, the further
+    principal directions. Without singular vectors they are the top k principal directions.
+
+    Args:
+        principal_NN: eigenvectors of the input second moment, largest first.
+        singular_NS: right singular vectors of the weight, largest first.
+        k: 0 to N.
+    """
+    half = (k + 1) // 2 if singular_NS.shape[1] else k
+    basis = principal_NN[:, :half].contiguous()
+    candidates = torch.cat([singular_NS, principal_NN[:, half:]], dim=1)
+    while basis.shape[1] < k and candidates.shape[1]:
+        missing = k - basis.shape[1]
+        basis, candidates = extended(basis, candidates[:, :missing]), candidates[:, missing:]
+    return basis
+
+
+def extended(basis_DK: Tensor, vectors_DJ: Tensor) -> Tensor:
+    """Return an orthonormal basis with what some unit vectors have outside its span appended (0 to J columns)."""
+    fresh_DJ = vectors_DJ
+    for _ in range(2):
+        fresh_DJ = fresh_DJ - basis_DK @ (basis_DK.T @ fresh_DJ)
+    if fresh_DJ.shape[1] == 0 or basis_DK.shape[1] >= basis_DK.shape[0]:
+        return basis_DK
+    u, sigma, _ = torch.linalg.svd(fresh_DJ, full_matrices=False, driver="gesvd" if fresh_DJ.is_cuda else None)
+    return torch.cat([basis_DK, u[:, sigma > DEPENDENT]], dim=1)
 
 
 def free_bases(directions: Protected, dtype: torch.dtype) -> tuple[Basis, Basis]:

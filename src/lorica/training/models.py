@@ -68,7 +68,7 @@ def read_tokenizer(
     Raises:
         LoricaError: the model or the template cannot be found or read.
     """
-    tokenizer = _loaded(AutoTokenizer, name, "tokenizer", revision, trust_remote_code)
+    tokenizer = from_pretrained(AutoTokenizer, name, "tokenizer", revision, trust_remote_code)
     if chat_template_path is not None:
         try:
             tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
@@ -83,16 +83,32 @@ def read_model_config(name: str, *, revision: str | None = None, trust_remote_co
     Raises:
         LoricaError: it cannot be found or read, or belongs to a model that does not generate text.
     """
-    found = _loaded(AutoConfig, name, "configuration", revision, trust_remote_code)
-    architecture = (getattr(found, "architectures", None) or [""])[0]
-    brought = trust_remote_code and any(kind in (getattr(found, "auto_map", None) or {}) for kind in _WRITERS)
-    known = brought or found.is_encoder_decoder or found.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if architecture.endswith(_NOT_GENERATIVE) or not known:
+    found = from_pretrained(AutoConfig, name, "configuration", revision, trust_remote_code)
+    if not writes_text(found, trust_remote_code=trust_remote_code):
         raise LoricaError(
-            f"{name} is a {architecture or found.model_type}, which writes no text; lorica train takes causal and "
-            "encoder-decoder models. Use lorica.plan and lorica.protect in your own loop"
+            f"{name} is a {_architecture(found) or found.model_type}, which writes no text; lorica train takes causal "
+            "and encoder-decoder models. Use lorica.plan and lorica.protect in your own loop"
         )
     return found
+
+
+def writes_text(model_config: Any, *, trust_remote_code: bool = False) -> bool:
+    """Tell whether a configuration is that of a model that generates text."""
+    own = getattr(model_config, "auto_map", None) or {}
+    brought = trust_remote_code and any(kind in own for kind in _WRITERS)
+    known = model_config.is_encoder_decoder or model_config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return not _architecture(model_config).endswith(_NOT_GENERATIVE) and (brought or known)
+
+
+def _architecture(model_config: Any) -> str:
+    return (getattr(model_config, "architectures", None) or [""])[0]
+
+
+def model_width(model_config: Any) -> int | None:
+    """Return the model's hidden size, or None if its configuration does not tell."""
+    text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    sizes = (getattr(text, name, None) for name in ("hidden_size", "d_model", "n_embd"))
+    return next((int(size) for size in sizes if size), None)
 
 
 def read_model(
@@ -113,19 +129,33 @@ def read_model(
         attn_implementation: sdpa, eager, ...; transformers' choice by default.
 
     Raises:
-        LoricaError: no weights, damaged ones, weights that only pickle could load, or an unknown dtype.
+        LoricaError: no weights, some missing, damaged ones, weights that only pickle could load, or an unknown dtype.
     """
     kind = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
-    return _loaded(kind, name, "weights", revision, trust_remote_code, **options).to(device)
+    model, loading = from_pretrained(kind, name, "weights", revision, trust_remote_code, **options)
+    if missing := sorted(loading["missing_keys"]):
+        raise LoricaError(
+            f"model {name}: {len(missing)} of its weights are missing, such as {missing[0]}; transformers would fill "
+            "them with random numbers. Give the folder of the whole model"
+        )
+    return model.to(device)
 
 
-def _loaded(kind: Any, name: str, what: str, revision: str | None, trust_remote_code: bool, **options: Any) -> Any:
+def from_pretrained(
+    kind: Any, name: str, what: str, revision: str | None, trust_remote_code: bool, **options: Any
+) -> Any:
+    """Return ``kind.from_pretrained(...)``; whatever it raises becomes one error that names the model.
+
+    Args:
+        kind: one of transformers' Auto classes.
+        what: what is loaded, for the message.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
-        raise LoricaError(f"--model_name_or_path {name}: no such folder")
+        raise LoricaError(f"model {name}: no such folder")
     try:
         return kind.from_pretrained(
             str(Path(name).expanduser()) if looks_local else name,
@@ -135,7 +165,7 @@ def _loaded(kind: Any, name: str, what: str, revision: str | None, trust_remote_
         )
     except Exception as error:  # readers of five file formats, and code of the model's own, raise errors of any kind
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise LoricaError(f"--model_name_or_path {name}: cannot load the {what}: {reason}") from error
+        raise LoricaError(f"model {name}: cannot load the {what}: {reason}") from error
 
 
 @contextmanager
@@ -146,13 +176,15 @@ def stock_configuration(model: Any) -> Iterator[None]:
     saved with the model. Its checkpoints moreover refuse a generation configuration that holds, once changed, any
     setting without effect, as published ones do; while training the model has one of its special tokens alone.
     """
-    own = model.generation_config
+    own = getattr(model, "generation_config", None)
     before = [(part, dict(vars(part))) for part in (model.config, model.config.get_text_config())]
-    model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in _SPECIAL_TOKENS})
+    if own is not None:
+        model.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in _SPECIAL_TOKENS})
     try:
         yield
     finally:
-        model.generation_config = own
+        if own is not None:
+            model.generation_config = own
         for part, values in before:
             vars(part).clear()
             vars(part).update(values)

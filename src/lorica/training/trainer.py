@@ -1,4 +1,4 @@
-"""transformers' Trainer with a method's optimizer. Nothing else of the loop is ours."""
+"""transformers' Trainer with a method's optimizer and penalty. Nothing else of the loop is ours."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from torch.optim import Optimizer
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
+from lorica.data.example import IGNORED_LABEL
 from lorica.errors import Interrupted, LoricaError
 from lorica.methods.base import Method
+from lorica.methods.task import Collate, Rows
 from lorica.training.checkpoints import WithoutPickledArguments
 from lorica.training.interrupt import SignalCatcher
 
 
 class MethodMixin:
-    """Lets a method wrap the optimizer that the Trainer builds. Put it before a Trainer class.
+    """Lets a method wrap the optimizer that the Trainer builds, and add to the loss. Put it before a Trainer class.
 
     Args:
         method: the method; its ``begin_task`` has been called.
@@ -36,6 +37,28 @@ class MethodMixin:
             super().create_optimizer(model)  # type: ignore[misc]
             self.optimizer = self.method.wrap_optimizer(self.optimizer, self.max_grad_norm)
         return self.optimizer
+
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs["labels"]
+        # Without a count the model returns the mean over this micro-batch. With one, some sum and divide by it and
+        # some (T5) ignore it, and the Trainer would add such means up as if they were sums.
+        loss, outputs = super().compute_loss(model, inputs, True, None)  # type: ignore[misc]
+        extra = self.method.penalty(self.model, {**inputs, "labels": labels}, outputs.logits) if model.training else None
+        loss = (loss if extra is None else loss + extra) * self._share(labels, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def _share(self: Any, labels: Tensor, num_items_in_batch: Any) -> Any:
+        """Return a micro-batch's part of the step's loss, so that a penalty is the same however a step is split.
+
+        Where the model's loss is a sum over the tokens of all micro-batches, so is the penalty; else the Trainer
+        divides by the number of micro-batches by itself.
+        """
+        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
+            return 1.0
+        shifted = labels.dim() == 2 and not self.model.config.is_encoder_decoder
+        return (labels[:, 1:] if shifted else labels).ne(IGNORED_LABEL).sum() / num_items_in_batch
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -60,8 +83,9 @@ class MethodSeq2SeqTrainer(MethodMixin, Seq2SeqTrainer):
 def fit(
     model: Any,
     method: Method,
-    dataset: EncodedDataset,
+    dataset: Rows,
     tokenizer: Any,
+    collate: Collate,
     arguments: TrainingArguments,
     *,
     eval_dataset: EncodedDataset | None = None,
@@ -72,6 +96,7 @@ def fit(
 
     Args:
         model: plain or protected; ``method.begin_task`` has been called on it.
+        collate: makes a batch of rows.
         arguments: transformers' TrainingArguments.
         eval_dataset: for ``eval_strategy``.
         resume_from_checkpoint: as in ``Trainer.train``.
@@ -80,8 +105,7 @@ def fit(
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
     """
-    seq2seq = bool(model.config.is_encoder_decoder)
-    kind = MethodSeq2SeqTrainer if seq2seq else MethodTrainer
+    kind = MethodSeq2SeqTrainer if model.config.is_encoder_decoder else MethodTrainer
     with SignalCatcher() as catcher:
         trainer = kind(
             method=method,
@@ -89,7 +113,7 @@ def fit(
             args=arguments,
             train_dataset=dataset,
             eval_dataset=eval_dataset,
-            data_collator=Collator(tokenizer, seq2seq=seq2seq),
+            data_collator=collate,
             processing_class=tokenizer,
             callbacks=[catcher, WithoutPickledArguments()],
         )

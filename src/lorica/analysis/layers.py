@@ -1,0 +1,100 @@
+"""What one weight and its inputs look like: the spectrum, and where the energy of the inputs lies.
+
+Shape suffixes: M output rows, N input columns, S = min(M, N), B protected input directions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorica.errors import LoricaError
+from lorica.subspace.calibration import InputStatistics
+from lorica.subspace.linalg import singular_values
+from lorica.subspace.plan import PlanEntry
+from lorica.subspace.ranks import effective_rank
+from lorica.subspace.sources import protected_directions
+
+POINTS = 64
+"""How many singular values of one weight are recorded at most."""
+
+
+class EnergyShares(NamedTuple):
+    """Shares of E|x|^2 in one set of input directions: the protected ones, random ones, the best there are."""
+
+    protected: float
+    random: float
+    best: float
+
+
+def energy_shares(moment_NN: Tensor, v_NB: Tensor) -> EnergyShares | None:
+    """Return how much of the energy of a layer's inputs lies in its protected input directions.
+
+        protected = tr(V^T A V) / tr A        random = B / N        best = (a_1 + ... + a_B) / tr A
+
+    with A = E[x x^T], not centred, and a_i its eigenvalues in descending order. ``random`` is the expectation over
+    subspaces of B directions drawn uniformly, whatever A is; no subspace of B directions holds more than ``best``.
+
+    Args:
+        moment_NN: A, or any positive multiple of it.
+        v_NB: orthonormal columns.
+
+    Returns:
+        None where the layer saw nothing but zeros.
+    """
+    moment, v = moment_NN.double(), v_NB.double().to(moment_NN.device)
+    total = moment.trace().item()
+    if total <= 0:
+        return None
+    size = v.shape[1]
+    held = ((moment @ v) * v).sum().item() / total
+    best = torch.linalg.eigvalsh(moment).flip(0)[:size].sum().item() / total
+    return EnergyShares(held, size / len(moment), best)
+
+
+def squared_share(sigma_S: Tensor, k: int) -> float | None:
+    """Return ``sum_{i <= k} s_i^2 / sum_i s_i^2``; None for a zero weight."""
+    energy = sigma_S.square()
+    total = energy.sum().item()
+    return energy[:k].sum().item() / total if total > 0 else None
+
+
+def spectrum_points(sigma_S: Tensor, most: int = POINTS) -> dict[str, list[Any]]:
+    """Return at most ``most`` singular values at even distances, the first and the last among them.
+
+    Returns:
+        ``index``: which ones, counted from 0; ``sigma``: their values, six digits.
+    """
+    last = len(sigma_S) - 1
+    count = min(most, last + 1)
+    index = sorted({round(last * i / max(count - 1, 1)) for i in range(count)})
+    return {"index": index, "sigma": [float(f"{sigma_S[i].item():.6g}") for i in index]}
+
+
+def describe_layer(weight_MN: Tensor, entry: PlanEntry, statistics: InputStatistics) -> dict[str, Any]:
+    """Return the measures of one layer, as plain data.
+
+    Args:
+        weight_MN: the weight, (out, in).
+        entry: what would be protected in it.
+        statistics: of the layer's calibration inputs, with moments.
+
+    Raises:
+        LoricaError: the weight holds NaN or inf.
+    """
+    try:
+        sigma_S = singular_values(weight_MN)
+    except LoricaError as error:
+        raise LoricaError(f"{entry.name}: {error}") from error
+    assert statistics.moment_NN is not None
+    directions = protected_directions(weight_MN, entry, statistics.moment_NN)
+    energy = energy_shares(statistics.moment_NN, directions.v_NB)
+    return {
+        "spectrum": spectrum_points(sigma_S),
+        "effective_rank": effective_rank(sigma_S),
+        "squared_share": squared_share(sigma_S, entry.k),
+        "similarity": statistics.similarity,
+        "energy": energy._asdict() if energy else None,
+    }

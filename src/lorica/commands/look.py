@@ -1,0 +1,82 @@
+"""``audit``, ``report`` and ``list``: the commands that only look."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorica.errors import LoricaError
+
+
+def audit(
+    before: Annotated[str, typer.Argument(help="The model before: a folder or a .safetensors file.")],
+    after: Annotated[str, typer.Argument(help="The model after.")],
+    plan: Annotated[
+        str | None, typer.Option("--plan", help="A saved plan. Default: the one recorded in AFTER.")
+    ] = None,
+    unfreeze_rank_ratio: Annotated[
+        float | None,
+        typer.Option("--unfreeze_rank_ratio", help="Audit as if this share had been free (0.25 without a record)."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Measure how much of the change between two checkpoints lies in protected directions.
+
+    Exit status 1 if the constraint does not hold.
+    """
+    from lorica.constrain.audit import audit as run_audit
+    from lorica.record import environment, write_json
+    from lorica.subspace.plan import Plan
+    from lorica.update import progress_bar
+
+    loaded = Plan.load(plan) if plan else None
+    report = run_audit(
+        before, after, loaded, unfreeze_rank_ratio=unfreeze_rank_ratio, progress=progress_bar("auditing weights")
+    )
+    print(report)
+    if json_file is not None:
+        if not json_file.parent.is_dir():
+            raise LoricaError(f"--json {json_file}: there is no folder {json_file.parent}")
+        write_json(
+            json_file,
+            {
+                "leakage": report.to_records(),
+                "elsewhere": report.elsewhere,
+                "differences": report.differences,
+                **environment(),
+            },
+        )
+    if not report.holds:
+        raise typer.Exit(1)
+
+
+def report(
+    outputs: Annotated[list[str], typer.Argument(help="Output folders or record files.")],
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where report.html and report.md go.")] = Path(),
+) -> None:
+    """Rebuild the report of one or more runs from their records."""
+    from lorica.report import write_report
+
+    print(write_report(outputs, output_dir))
+
+
+def list_() -> None:
+    """List the methods, the benchmarks, the model families and the rank policies."""
+    from lorica.benchmarks import catalogue
+    from lorica.constrain.targets import FAMILIES
+    from lorica.data.stream import read_stream
+    from lorica.methods import METHODS
+    from lorica.subspace.ranks import RANKS
+
+    print("methods:")
+    for name in METHODS:
+        print(f"  {name:14} {METHODS[name].summary}")
+    print("benchmarks:")
+    for name, path in catalogue().items():
+        print(f"  {name:14} {' '.join(read_stream(path).description.split())}")
+    print("constraints: two-sided, input, output, block   sources: weight, activation, hybrid")
+    print(f"rank policies: {', '.join(RANKS)}")
+    print("model families (any other takes all linear layers but the output head):")
+    print(f"  {', '.join(FAMILIES)}")

@@ -1,0 +1,264 @@
+"""One cell of a run: one method, one order, one seed, one learning rate; task after task, scored after each."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments, set_seed
+
+from lorica.data.dataset import EncodedDataset
+from lorica.data.stream import Scored, Task
+from lorica.errors import Interrupted
+from lorica.evaluation.scorer import TaskScores, score_task
+from lorica.experiments.abilities import FromFile, FromHarness, HeldOut
+from lorica.experiments.clock import Clock
+from lorica.experiments.progress import Progress
+from lorica.experiments.setup import Setup
+from lorica.experiments.stages import Stage, claim, last_stage, write_stage
+from lorica.memory import size_of
+from lorica.methods import Method, TaskData
+from lorica.record import Stopwatch
+from lorica.training.models import stock_configuration
+from lorica.training.trainer import fit
+
+Say = Callable[[str], None]
+Column = Task | HeldOut
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What tells one cell from the others.
+
+    Attributes:
+        method: name of the settings.
+        order: of the stream; None where it has none.
+        seed: of the order of the rows and of whatever is drawn.
+        learning_rate: before a task's own factor.
+        validates: train on a part of the training rows and score the rest, as the choice of the rate does.
+    """
+
+    method: str
+    order: str | None
+    seed: int
+    learning_rate: float
+    validates: bool = False
+
+
+class CellRun:
+    """A cell on its way through the stream. Nothing that a later stage depends on lives outside ``Stage``.
+
+    Args:
+        setup: what the cells of a run share.
+        cell: which one this is.
+        folder: its own; holds the last finished stage until the end.
+        tell: takes a line after each stage.
+        clock: is told of the stages that were done before.
+    """
+
+    def __init__(self, setup: Setup, cell: Cell, folder: Path, tell: Say, clock: Clock) -> None:
+        self.setup, self.cell, self.folder, self.tell, self.clock = setup, cell, folder, tell, clock
+        self.tasks = setup.stream.in_order(cell.order)
+        self.method: Method
+        self.model: Any = None
+        self.predictions: dict[str, TaskScores] = {}
+
+    def run(self) -> Progress:
+        """Go through the stages that are not done yet and return what was measured."""
+        claim(self.folder, self.identity())
+        stage = last_stage(self.folder)
+        if stage is not None:
+            self.clock.skip(stage.number + 1)
+            if stage.number == len(self.tasks):
+                return Progress.from_json(stage.progress())
+        progress = self._begin(stage)
+        for index in range(progress.stages_done, len(self.tasks)):
+            watch = Stopwatch()
+            self._learn(index, progress)
+            self._score(index + 1, progress)
+            progress.cost.seconds += watch.seconds
+            self._keep(progress)
+            self.tell(self._line(index + 1, progress))
+        return progress
+
+    def identity(self) -> dict[str, Any]:
+        """Return everything on which the cell's scores depend, as plain data."""
+        setup = self.setup
+        rows = {f"rows of {task.name}": setup.rows.train(task.name).sha256 for task in self.tasks}
+        tests = {f"scored rows of {one.name}": setup.rows.test(one.name).sha256 for one in self.columns()
+                 if not isinstance(one, FromHarness)}  # fmt: skip
+        fields = ("model_name_or_path", "model_revision", "max_train_rows", "max_test_rows", "max_new_tokens")
+        chosen = {name: getattr(setup.config, name) for name in (*fields, "max_length", "dtype", "validation_fraction")}
+        return (
+            asdict(self.cell)
+            | chosen
+            | {"rows drawn by seed": setup.config.seeds[0], "tasks": [task.model_dump() for task in self.tasks]}
+            | {"stream": setup.stream.name, "version": setup.stream.version, "training": setup.training}
+            | {"settings": setup.settings[self.cell.method].model_dump()}
+            | rows
+            | tests
+        )
+
+    def drop_model(self) -> None:
+        """Remove the weights that only a stop would have needed; what was measured stays."""
+        if (stage := last_stage(self.folder)) is not None:
+            stage.drop_model()
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
+        return int(self.model.num_parameters())
+
+    def data(self) -> dict[str, Any]:
+        """Return counts, hashes and notices of the rows, for the record."""
+        return {
+            task.name: {"train": self._train_rows(task).summary, "test": self._scored_rows(task).summary}
+            for task in self.tasks
+        } | {
+            one.name: {"test": self.setup.rows.test(one.name).summary}
+            for one in self.setup.held_out
+            if isinstance(one, FromFile)
+        }
+
+    # --- stages -----------------------------------------------------------------------------------------------
+
+    def _begin(self, stage: Stage | None) -> Progress:
+        set_seed(self.setup.config.seeds[0])  # a classifier's new head is the same for every method and seed
+        self.model, new = self.setup.read_model(stage.model if stage else None)
+        self.method = self.setup.build_method(self.cell.method, new)
+        if stage is not None:
+            self.method.load_state_dict(stage.memory())
+            return Progress.from_json(stage.progress())
+        progress = Progress.empty([task.name for task in self.tasks], [one.name for one in self.setup.held_out])
+        self._score(0, progress)
+        self._keep(progress)
+        self.tell(self._line(0, progress))
+        return progress
+
+    def _keep(self, progress: Progress) -> None:
+        done = progress.stages_done
+        base = done == 0 or self.method.restarts
+        write_stage(self.folder, done, None if base else self.model, self.method.state_dict(), progress.to_json())
+
+    def _learn(self, index: int, progress: Progress) -> None:
+        task, method = self.tasks[index], self.method
+        rows = self._train_rows(task)
+        arguments = self._arguments(task)
+        steps = planned_steps(arguments, len(rows))
+        data = TaskData(
+            task.name, index, len(self.tasks), rows, self.setup.collate, self.cell.seed,
+            earlier=tuple(map(self._train_rows, self.tasks[:index])),
+        )  # fmt: skip
+        if not method.learns(data):
+            progress.waiting_steps += steps
+            progress.carried_bytes.append(0)
+            return
+        set_seed(self.cell.seed)  # whatever came before, a stage is the same when it is gone on with
+        if method.restarts and index:
+            self.model, _ = self.setup.read_model()
+        method.begin_task(self.model, data)
+        arguments.max_steps = steps + progress.waiting_steps
+        progress.waiting_steps = 0
+        self._fit(data, arguments, progress)
+        self._close_task(data, progress)
+
+    def _fit(self, data: TaskData, arguments: TrainingArguments, progress: Progress) -> None:
+        rows = self.method.training_data(data)
+        try:
+            with stock_configuration(self.model):
+                *_, last = fit(
+                    self.model, self.method, rows, self.setup.tokenizer, self.setup.collate, arguments, quiet=True
+                )
+        except Interrupted as stopped:
+            if stopped.checkpoint is not None:  # a stream goes on from the end of a task, not from within
+                shutil.rmtree(stopped.checkpoint, ignore_errors=True)
+            raise Interrupted(stopped.signum, hint="the finished tasks are kept; the same command goes on") from None
+        progress.cost.steps += int(last["step"])
+        progress.cost.training_seconds += last["train_runtime"]
+
+    def _close_task(self, data: TaskData, progress: Progress) -> None:
+        method = self.method
+        progress.cost.saw_memory()
+        progress.cost.trainable_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        audit = method.audit(self.model)
+        progress.leakage = audit.to_records() if audit else []
+        progress.worst_leakage.append(audit.worst if audit else None)
+        progress.plan = method.plan.records() if audit and method.plan is not None else []
+        method.end_task(self.model, data)
+        progress.carried_bytes.append(size_of(method.state_dict()))
+
+    # --- scores -----------------------------------------------------------------------------------------------
+
+    def _score(self, stage: int, progress: Progress) -> None:
+        for column, scored in enumerate(self.columns()):
+            if progress.waiting_steps or self._is_needless(stage, column):
+                progress.set(stage, scored.name, math.nan)
+            elif stage and self.method.needs_task_id and column != stage - 1:
+                progress.repeat(stage, scored.name)  # its own model, which has not changed, answers
+            else:
+                self._measure(stage, scored, progress)
+
+    def _is_needless(self, stage: int, column: int) -> bool:
+        """Tell whether a score plays no part in the choice of a learning rate."""
+        first = column + 1 if column < len(self.tasks) else 0
+        return self.cell.validates and stage not in (first, len(self.tasks))
+
+    def _measure(self, stage: int, column: Column, progress: Progress) -> None:
+        key = (column.name, self.cell.validates)
+        scores = self.setup.base_scores.get(key) if stage == 0 else None
+        if scores is None:
+            scores = self._scores(column)
+        if stage == 0:
+            self.setup.base_scores[key] = scores
+        progress.set(stage, column.name, scores.mean, scores.beside)
+        progress.rows[column.name] = scores.rows
+        self.predictions[column.name] = scores
+
+    def _scores(self, column: Column) -> TaskScores:
+        size, tokenizer = self._arguments().per_device_eval_batch_size, self.setup.tokenizer
+        if isinstance(column, FromHarness):
+            return TaskScores([column.score(self.model, tokenizer, size)], [])
+        scored = column if isinstance(column, Scored) else column.scored
+        longest = self.setup.config.max_new_tokens
+        return score_task(
+            self.model, self._scored_rows(scored), tokenizer, scored, batch_size=size, max_new_tokens=longest
+        )
+
+    def columns(self) -> list[Column]:
+        """Return what is scored after each task: the tasks in their order, then what is held out."""
+        return [*self.tasks, *self.setup.held_out]
+
+    # --- rows and arguments -----------------------------------------------------------------------------------
+
+    def _train_rows(self, task: Task) -> EncodedDataset:
+        return self.setup.rows.split(task.name)[0] if self.cell.validates else self.setup.rows.train(task.name)
+
+    def _scored_rows(self, scored: Scored) -> EncodedDataset:
+        if self.cell.validates and isinstance(scored, Task):
+            return self.setup.rows.split(scored.name)[1]
+        return self.setup.rows.test(scored.name)
+
+    def _arguments(self, task: Task | None = None) -> TrainingArguments:
+        return self.setup.arguments(
+            str(self.folder), self.cell.seed, self.cell.learning_rate, name=self.cell.method, task=task
+        )
+
+    def _line(self, stage: int, progress: Progress) -> str:
+        when = "before" if stage == 0 else f"after {self.tasks[stage - 1].name}"
+        cells = [f"{name} {progress.at(stage, name)}" for name in (*progress.retention, *progress.tasks)]
+        return f"{self.setup.settings[self.cell.method].title}, {when}: " + "  ".join(cells)
+
+
+def planned_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Return the optimizer steps that the arguments mean for a task of so many rows.
+
+    Methods that train on more rows than the task's own (replay) get the same number of steps.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(rows / arguments.train_batch_size)
+    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)

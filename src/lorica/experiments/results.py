@@ -1,0 +1,108 @@
+"""What a finished cell leaves: its record and its answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorica.errors import LoricaError
+from lorica.bootstrap import interval
+from lorica.experiments.cell import CellRun
+from lorica.experiments.progress import Progress
+from lorica.experiments.selection import Selection
+from lorica.methods import METHODS
+from lorica.record import SCHEMA, environment, redacted
+from lorica.scores import ScoreMatrix
+
+RUN, PREDICTIONS = "run.json", "predictions.jsonl"
+
+
+def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> dict[str, Any]:
+    """Return the run record of a finished cell; the report needs nothing else."""
+    setup, cell = run.setup, run.cell
+    settings, stream = setup.settings[cell.method], setup.stream
+    matrix = ScoreMatrix(list(progress.tasks), progress.scores)  # type: ignore[arg-type]
+    return {
+        "schema": SCHEMA,
+        "kind": "run",
+        "stream": stream.name,
+        "stream_version": stream.version,
+        "order": cell.order,
+        "left_out": stream.left_out,
+        "seed": cell.seed,
+        "method": settings.method,
+        "label": settings.title,
+        "name": cell.method,
+        "facts": method_facts(settings.method),
+        "model": redacted(Path(setup.config.model_name_or_path).name),
+        "model_kind": setup.kind,
+        "model_parameters": run.parameters,
+        "learning_rate": cell.learning_rate,
+        "sweep": selection.to_json() if selection else None,
+        **matrix.to_json(),
+        "retention": progress.retention,
+        "beside": progress.beside,
+        "metrics": matrix.metrics(),
+        "intervals": intervals(matrix, progress),
+        "row_scores": {name: _compact(rows) for name, rows in progress.rows.items()},
+        "metric_names": {task.name: task.metric for task in run.tasks},
+        "floors": {one.name: one.floor for one in run.tasks if one.floor is not None},
+        "carried_bytes": progress.carried_bytes,
+        "worst_leakage": progress.worst_leakage,
+        "cost": progress.cost.to_json(),
+        "plan": progress.plan,
+        "leakage": progress.leakage,
+        "data": redacted(run.data()),
+        "config": redacted(
+            {
+                "settings": settings.model_dump(mode="json"),
+                "training": setup.training,
+                "run": setup.config.model_dump(mode="json"),
+            }
+        ),
+        **environment(),
+    }
+
+
+def method_facts(method: str) -> dict[str, Any]:
+    """Return what a reader must know of a method beside its scores."""
+    kind = METHODS[method]
+    return {"stores": kind.stores, "needs_old_data": kind.needs_old_data, "needs_task_id": kind.needs_task_id}
+
+
+def intervals(matrix: ScoreMatrix, progress: Progress) -> dict[str, Any]:
+    """Return 95 % bootstrap intervals over the scored rows at the end: the average's, and each task's."""
+    rows = {name: progress.rows[name] for name in matrix.tasks if name in progress.rows}
+    if len(rows) < len(matrix.tasks) or matrix.average_accuracy is None:
+        return {}
+    whole = interval(rows)
+    each = {name: interval({name: values}) for name, values in rows.items()}
+    return {
+        "average_accuracy": [whole.low, whole.high],
+        "tasks": {name: [one.low, one.high] for name, one in each.items()},
+    }
+
+
+def write_predictions(run: CellRun, path: Path) -> None:
+    """Write the answers at the end of the stream, one line for each row: task, row, answer, score."""
+    lines = []
+    for name, scores in run.predictions.items():
+        for where, (answer, score) in enumerate(zip(scores.predictions, scores.rows, strict=True)):
+            lines.append(json.dumps({"task": name, "row": where, "answer": answer, "score": score}, ensure_ascii=False))
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """Return the record that a finished cell wrote."""
+    try:
+        record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoricaError(f"{path}: cannot read it: {error}; remove it to score that cell anew") from error
+    return dict(record)
+
+
+def _compact(rows: list[float]) -> str:
+    """Return scores as one string; a list would take a line of JSON for each."""
+    return " ".join(f"{score:g}" for score in rows)

@@ -1,0 +1,207 @@
+"""What all cells of a run share: the stream, the model's kind, the encoded rows, and how a method is set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+
+from lorica.benchmarks import find_stream
+from lorica.config import read_config
+from lorica.data.collate import Collator
+from lorica.data.dataset import Kind
+from lorica.data.stream import MethodSettings, Task, TaskStream
+from lorica.errors import LoricaError, did_you_mean
+from lorica.evaluation.metrics import checked
+from lorica.evaluation.scorer import TaskScores, check_answers
+from lorica.experiments.abilities import FromFile, HeldOut, named_ability
+from lorica.experiments.config import RunConfig
+from lorica.experiments.rows import Rows
+from lorica.methods import METHODS, Method
+from lorica.training.arguments import check_arguments, default_learning_rate, training_arguments
+from lorica.training.classifiers import read_any_config, read_classifier
+from lorica.training.models import model_width, read_model, read_tokenizer
+
+
+class Setup:
+    """Everything about a run that is the same for each of its cells; what can be wrong with it shows here.
+
+    Args:
+        config: of the run.
+        stream: used instead of ``config.stream``, by who has one already.
+
+    Raises:
+        LoricaError: the stream, its files, the methods' settings, the training arguments or the model cannot be used.
+    """
+
+    def __init__(self, config: RunConfig, stream: TaskStream | None = None) -> None:
+        self.config = config
+        found = stream or find_stream(config.stream)
+        self.stream = found.within(config.data_dir).only(config.tasks)
+        self.settings = chosen_settings(config, self.stream)
+        self.orders: list[str | None] = list(config.orders) or [next(iter(self.stream.orders), None)]
+        for order in self.orders:
+            self.stream.in_order(order)
+        self.training = self.stream.training | config.training
+        for name, one in self.settings.items():
+            where = f"stream {self.stream.name!r}, method {name!r}"
+            self.build_method(name)
+            _check_training(self.training | one.training, where)
+        self.tokenizer = read_tokenizer(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+        self.model_config, classifies = read_any_config(
+            config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+        )
+        self.kind: Kind = (
+            "classifier" if classifies else "seq2seq" if self.model_config.is_encoder_decoder else "causal"
+        )
+        self.labels = list(dict.fromkeys(choice for task in self.stream.tasks for choice in task.choices))
+        self.collate = Collator(self.tokenizer, seq2seq=self.kind == "seq2seq", classifier=self.kind == "classifier")
+        self.held_out = self._held_out()
+        self.rows = Rows(
+            config, self.stream, self.held_out, self.tokenizer, self.model_config, self.kind, self.labels
+        )
+        self.base_scores: dict[tuple[str, bool], TaskScores] = {}
+        self._check_rows()
+
+    def _held_out(self) -> list[HeldOut]:
+        config = self.config
+        own: list[HeldOut] = [FromFile(self.stream, ability) for ability in self.stream.held_out]
+        more = [named_ability(name, config.data_dir, config.max_test_rows) for name in config.held_out]
+        every = [*own, *(one for found in more for one in found)]
+        names = [one.name for one in every] + [task.name for task in self.stream.tasks]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise LoricaError(f"--held_out: the name {twice!r} is taken by another ability or a task of the stream")
+        return every
+
+    def _check_rows(self) -> None:
+        """Read every file once, so that what is wrong with the last task shows before the first is learned."""
+        tasks = {task.name: task for order in self.orders for task in self.stream.in_order(order)}
+        if not tasks:
+            raise LoricaError(f"stream {self.stream.name!r} has no task to learn; lorica eval scores its abilities")
+        files = [one.scored for one in self.held_out if isinstance(one, FromFile)]
+        for scored in (*tasks.values(), *files):
+            for metric in (scored.metric, *scored.metrics_beside):
+                checked(metric)
+            check_answers(self.rows.test(scored.name))
+        for name in tasks:
+            self.rows.train(name)
+            if len(self.config.learning_rates) > 1:
+                self.rows.split(name)
+
+    def describe(self) -> list[str]:
+        """Return the lines printed before the first method starts."""
+        stream, config = self.stream, self.config
+        tasks = ", ".join(task.name for task in stream.in_order(self.orders[0]))
+        lines = [f"stream {stream.name}, version {stream.version}: {tasks}"]
+        if stream.left_out:
+            lines.append(f"notice: a subset of the stream; left out: {', '.join(stream.left_out)}")
+        lines += [f"notice: {rows}" for rows in self._cuts()]
+        lines.append(
+            f"methods: {', '.join(self.settings)}   seeds: {' '.join(map(str, config.seeds))}"
+            + (f"   orders: {' '.join(map(str, self.orders))}" if stream.orders else "")
+        )
+        return lines
+
+    def _cuts(self) -> list[str]:
+        cuts = {"training": self.config.max_train_rows, "scored": self.config.max_test_rows}
+        return [f"at most {limit} {what} rows of each task" for what, limit in cuts.items() if limit]
+
+    def read_model(self, folder: str | None = None) -> tuple[Any, list[str]]:
+        """Return the model that came in, or the one a folder holds, and the patterns of new parameters that train."""
+        config = self.config
+        options: dict[str, Any] = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
+        options |= {"device": self.arguments("", 0, None).device, "trust_remote_code": config.trust_remote_code}
+        options |= {"revision": config.model_revision if folder is None else None}
+        name = folder or config.model_name_or_path
+        if self.kind == "classifier":
+            return read_classifier(name, self.labels, **options)
+        return read_model(name, self.model_config, **options), []
+
+    def build_method(self, name: str, train_also: list[str] | None = None) -> Method:
+        """Return a new method by its settings; ``train_also`` is added to what they say."""
+        settings = self.settings[name]
+        options = dict(settings.options)
+        if train_also:
+            options["train_also"] = [*options.get("train_also", []), *train_also]
+        try:
+            return METHODS[settings.method].build(options)
+        except LoricaError as error:
+            raise LoricaError(f"stream {self.stream.name!r}, method {name!r}: {error}") from error
+
+    def arguments(
+        self, output_dir: str, seed: int, learning_rate: float | None, *, name: str | None = None,
+        task: Task | None = None,
+    ) -> TrainingArguments:  # fmt: skip
+        """Return the training arguments for one task of one method."""
+        given: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True} | self.training
+        given |= self.settings[name].training if name else {}
+        rate = 1.0 if learning_rate is None else learning_rate
+        given |= {"seed": seed, "learning_rate": rate * (task.learning_rate_scale if task else 1.0)}
+        if task is not None and task.num_train_epochs is not None and "num_train_epochs" not in self.config.training:
+            given["num_train_epochs"] = task.num_train_epochs
+        return training_arguments(given, output_dir, hidden_size=None, seq2seq=self.kind == "seq2seq")
+
+    def grid(self, name: str) -> list[float]:
+        """Return the learning rates to choose from, ascending: as many for every method."""
+        return sorted(rate * self.settings[name].grid_scale for rate in self.config.learning_rates)
+
+    def rate(self, name: str) -> float:
+        """Return the one learning rate where there is no choice.
+
+        It is the run's, else the settings', else the default for the model's width and the method.
+        """
+        settings = self.settings[name]
+        if self.config.learning_rates:
+            return self.grid(name)[0]
+        if settings.learning_rate is not None:
+            return settings.learning_rate
+        width = model_width(self.model_config)
+        if width is None:
+            raise LoricaError("the model's width cannot be told; give --learning_rates")
+        return default_learning_rate(width) * METHODS[settings.method].learning_rate_scale
+
+
+INSTEAD = {"seed": "--seeds", "learning_rate": "--learning_rates"}
+"""Training arguments that a run sets itself, and what to give instead."""
+
+
+def _check_training(given: dict[str, Any], where: str) -> None:
+    for name, option in INSTEAD.items():
+        if name in given:
+            raise LoricaError(f"{where}: --{name} is set by lorica run for each cell; give {option}")
+    check_arguments(given, where=f"{where}: ")
+
+
+def chosen_settings(config: RunConfig, stream: TaskStream) -> dict[str, MethodSettings]:
+    """Return the settings of the methods asked for: the file's, else the stream's own, else a method's defaults.
+
+    Raises:
+        LoricaError: a name that is none of these, or no method at all.
+    """
+    known = dict(stream.methods) | (_from_file(config.methods_file) if config.methods_file else {})
+    names = config.methods or list(known)
+    if not names:
+        raise LoricaError(f"stream {stream.name!r} has settings for no method; name some: --methods osft seqft ...")
+    for name in names:
+        if name not in known and name not in METHODS:
+            every = [*known, *(method for method in METHODS if method not in known)]
+            raise LoricaError(f"unknown method {name!r}; known: {', '.join(every)}.{did_you_mean(name, every)}")
+    chosen = {name: known.get(name) or MethodSettings(method=name) for name in names}
+    for name, settings in chosen.items():
+        if settings.method not in METHODS:
+            hint = did_you_mean(settings.method, METHODS)
+            raise LoricaError(f"stream {stream.name!r}, method {name!r}: unknown method {settings.method!r}.{hint}")
+    return chosen
+
+
+def _from_file(path: str) -> dict[str, MethodSettings]:
+    values = read_config(Path(path).expanduser())
+    try:
+        return TypeAdapter(dict[str, MethodSettings]).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise LoricaError(f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

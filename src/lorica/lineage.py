@@ -1,0 +1,128 @@
+"""From update to update: what an update's parent was, what its method remembers, and what happens if too much is lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lorica.data.dataset import EncodedDataset
+from lorica.errors import LoricaError
+from lorica.memory import load_memory, save_memory
+from lorica.methods import METHODS
+from lorica.record import redacted
+
+RECORD = "lorica.json"
+MEMORY = Path("memory") / "memory.safetensors"
+"""In a folder of its own: loaders of plain models read every safetensors file at the top."""
+
+REJECTED = "rejected"
+"""Where the model of an update goes that forgot too much."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where a model comes from, as far as its folder tells.
+
+    Attributes:
+        model: the folder or name that was given.
+        weights_sha256: of its weight files; None for a name on the hub.
+        updates: how many updates of Lorica made it.
+        method: of the last of them.
+    """
+
+    model: str
+    weights_sha256: str | None = None
+    updates: int = 0
+    method: str | None = None
+
+    def memory(self, method: str) -> dict[str, Tensor]:
+        """Return what a method carried on from the update before; empty if that was another method or none.
+
+        Raises:
+            LoricaError: the file cannot be read.
+        """
+        file = Path(self.model) / MEMORY
+        return load_memory(file) if self.method == method and file.is_file() else {}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the record of an update holds of its parent."""
+        return {"model": redacted(self.model), "weights_sha256": self.weights_sha256, "updates": self.updates}
+
+
+def read_lineage(model: str) -> Lineage:
+    """Return where a model comes from.
+
+    Raises:
+        LoricaError: the folder's record cannot be read.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return Lineage(model)
+    weights, file = weights_sha256(folder), folder / RECORD
+    if not file.is_file():
+        return Lineage(str(folder), weights)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        updates = int((record.get("parent") or {}).get("updates") or 0) + 1
+    except (OSError, ValueError, AttributeError) as error:
+        raise LoricaError(f"{file}: cannot read the record of the update before: {error}") from error
+    return Lineage(str(folder), weights, updates, record.get("method"))
+
+
+def weights_sha256(folder: Path) -> str | None:
+    """Return one digest of the weight files of a model folder; None if it has none."""
+    files = sorted(folder.glob("*.safetensors"))
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest() if files else None
+
+
+def keep_memory(output_dir: Path, state: Mapping[str, Tensor]) -> None:
+    """Write what a method carries to the next update beside the model; nothing if it carries nothing."""
+    if state:
+        file = output_dir / MEMORY
+        file.parent.mkdir(exist_ok=True)
+        save_memory(state, file)
+
+
+def check_single_update(method: str) -> None:
+    """Refuse a method that is defined on a whole stream only."""
+    kind = METHODS[method]
+    if kind.restarts or kind.bound:
+        raise LoricaError(f"method {method!r} is a bound on a whole stream; it runs with lorica run")
+
+
+def check_forgetting(limit: float | None, retention: Mapping[str, EncodedDataset]) -> None:
+    """Refuse a limit on forgetting for files that have no answers to lose."""
+    for name, rows in retention.items() if limit is not None else ():
+        if not any(row.answer is not None for row in rows.examples):
+            raise LoricaError(
+                f"--max_forgetting counts points of exact match, and no row of {rows.summary['path']} ({name}) has an "
+                "answer; give prompts with completions"
+            )
+
+
+def forgotten(scores: Mapping[str, Any], limit: float | None) -> dict[str, float]:
+    """Return the retention files that lost more than ``limit`` points of exact match, with the points."""
+    before, after = scores["before"]["retention"], scores["after"]["retention"]
+    lost = {name: before[name]["exact_match"] - after[name]["exact_match"] for name in before if limit is not None}
+    return {name: points for name, points in lost.items() if points > (limit or 0.0)}
+
+
+def set_aside(output_dir: Path) -> Path:
+    """Move the model of a rejected update, and what its method remembers, into ``OUT/rejected``."""
+    aside = output_dir / REJECTED
+    aside.mkdir(exist_ok=True)
+    own = {RECORD, "plan.json", "update.json", "report.html", "report.md", REJECTED}
+    for path in sorted(output_dir.iterdir()):
+        if path.name not in own and not path.name.startswith(("checkpoint-", "rejected")):
+            path.replace(aside / path.name)
+    return aside

@@ -1,0 +1,37 @@
+"""What a method carries from task to task, as one safetensors file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorica.errors import LoricaError
+
+
+def save_memory(state: Mapping[str, Tensor], file: Path) -> None:
+    """Write tensors by name, wherever they are and however they are laid out."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
+
+
+def load_memory(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, each in memory of its own.
+
+    Read in place they lie at any address, and a matrix product of them can differ in its last bit from that of the
+    tensors that were saved.
+
+    Raises:
+        LoricaError: the file cannot be read.
+    """
+    try:
+        return {name: tensor.clone() for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise LoricaError(f"{file}: cannot read what the method remembers: {error}") from error
+
+
+def size_of(state: Mapping[str, Tensor]) -> int:
+    """Return the bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in state.values())

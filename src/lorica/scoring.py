@@ -1,0 +1,143 @@
+"""The story of ``lorica eval``: one model on files of rows, streams of tasks and lm-eval tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from lorica.benchmarks import catalogue, find_stream
+from lorica.data.stream import Ability, Scored, TaskStream
+from lorica.data.task_rows import load_rows
+from lorica.data.positions import position_limit
+from lorica.data.reader import READERS
+from lorica.errors import LoricaError
+from lorica.bootstrap import interval
+from lorica.evaluation.metrics import checked
+from lorica.evaluation.scorer import check_answers, score_task
+from lorica.lineage import weights_sha256
+from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
+from lorica.scoring_options import EvalOptions
+from lorica.training.models import read_model, read_model_config, read_tokenizer
+
+Say = Callable[[str], None]
+
+
+
+def evaluate_model(options: EvalOptions, say: Say = print) -> dict[str, Any]:
+    """Score a model and return the record: for each task its mean, its 95 % interval and its rows.
+
+    Raises:
+        LoricaError: a task, a file or the model cannot be used; files show before the model is loaded.
+    """
+    return Evaluation(options, say).run()
+
+
+class Evaluation:
+    """One model on some tasks. What is wrong with a file shows before the weights are loaded."""
+
+    def __init__(self, options: EvalOptions, say: Say) -> None:
+        self.options, self.say, self.watch = options, say, Stopwatch()
+        if options.output_file and not Path(options.output_file).parent.is_dir():
+            raise LoricaError(f"--output_file {options.output_file}: there is no such folder")
+        name, more = options.model_name_or_path, {"revision": options.model_revision}
+        trust = options.trust_remote_code
+        self.tokenizer = read_tokenizer(name, trust_remote_code=trust, **more)
+        self.model_config = read_model_config(name, trust_remote_code=trust, **more)
+        self.kind = "seq2seq" if self.model_config.is_encoder_decoder else "causal"
+        self.harness = [task for task in options.tasks if not _is_ours(task)]
+        self.rows = [(stream, scored, self._rows(stream, scored)) for stream, scored in self._scored()]
+
+    def run(self) -> dict[str, Any]:
+        """Score everything and return the record."""
+        options = self.options
+        model = read_model(
+            options.model_name_or_path, self.model_config, dtype=options.dtype, revision=options.model_revision,
+            trust_remote_code=options.trust_remote_code, device=_device(),
+        )  # fmt: skip
+        scores = {}
+        for stream, scored, rows in self.rows:
+            name = f"{stream.name}/{scored.name}" if stream.name else scored.name
+            scores[name] = self._score(model, scored, rows)
+            self.say(_line(name, scores[name]))
+        record = {"schema": SCHEMA, "kind": "eval", "model": redacted(options.model_name_or_path), "scores": scores}
+        record |= {"lm_eval": self._lm_eval(model) if self.harness else None}
+        record |= {"weights_sha256": self._weights(), "seconds": self.watch.seconds}
+        record |= {"options": redacted(options.model_dump(mode="json")), **environment()}
+        if options.output_file:
+            write_json(Path(options.output_file), record)
+        return record
+
+    def _scored(self) -> Iterable[tuple[TaskStream, Scored]]:
+        for task in self.options.tasks:
+            if not _is_ours(task):
+                continue
+            if Path(task).suffix.lower() in READERS or Path(task).is_dir():
+                ability = Ability(name=Path(task).stem, test_file=task, metric=self.options.metric)
+                yield TaskStream(name="", version=1, description="", tasks=[], held_out=[ability]), ability
+                continue
+            stream = find_stream(task).within(self.options.data_dir).only(self.options.only)
+            for scored in (*stream.in_order(None), *stream.held_out):
+                yield stream, scored
+
+    def _rows(self, stream: TaskStream, scored: Scored) -> Any:
+        for metric in (scored.metric, *scored.metrics_beside):
+            checked(metric)
+        asked = self.options.max_length
+        rows = load_rows(
+            stream, scored, "test", self.tokenizer, kind=self.kind,  # type: ignore[arg-type]
+            max_length=min(asked, position_limit(self.model_config) or asked), limit=self.options.limit,
+        )  # fmt: skip
+        check_answers(rows)
+        return rows
+
+    def _score(self, model: Any, scored: Scored, rows: Any) -> dict[str, Any]:
+        options = self.options
+        found = score_task(
+            model, rows, self.tokenizer, scored, batch_size=options.batch_size, max_new_tokens=options.max_new_tokens
+        )
+        whole = interval({scored.name: found.rows})
+        how = "accuracy of the likeliest choice" if scored.scoring == "choose" else scored.metric
+        return {
+            "score": whole.mean, "low": whole.low, "high": whole.high, "metric": how, "beside": found.beside,
+            "floor": scored.floor, "rows": len(found.rows), "data": redacted(rows.summary),
+        }  # fmt: skip
+
+    def _lm_eval(self, model: Any) -> dict[str, Any]:
+        from lorica.evaluation.harness import lm_eval_record
+
+        options = self.options
+        record = lm_eval_record(
+            model, self.tokenizer, self.harness, num_fewshot=options.num_fewshot, limit=options.limit,
+            batch_size=options.batch_size, allow_task_code=options.allow_task_code,
+        )  # fmt: skip
+        for task, metrics in record["scores"].items():
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
+            self.say(f"{task} (lm-eval {record['lm_eval_version']}): {shown}")
+        return record
+
+    def _weights(self) -> str | None:
+        folder = Path(self.options.model_name_or_path).expanduser()
+        return weights_sha256(folder) if folder.is_dir() else None
+
+
+def _is_ours(task: str) -> bool:
+    path = Path(task)
+    if path.suffix in (".yaml", ".yml"):
+        return "task:" not in path.read_text(encoding="utf-8") if path.is_file() else True
+    return task in catalogue() or path.suffix.lower() in READERS or path.is_dir()
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _line(name: str, score: dict[str, Any]) -> str:
+    beside = "".join(f"   {metric} {value:.1f}" for metric, value in score["beside"].items())
+    floor = "" if score["floor"] is None else f"   (always the most frequent answer: {score['floor']:.1f})"
+    return (
+        f"{name}: {score['score']:.1f} % [{score['low']:.1f}, {score['high']:.1f}] {score['metric']}, "
+        f"{score['rows']} rows{beside}{floor}"
+    )

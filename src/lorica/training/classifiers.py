@@ -1,0 +1,62 @@
+"""Sequence classifiers: an encoder with one class for each answer that a stream's tasks allow."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+from lorica.errors import LoricaError
+from lorica.training.models import from_pretrained, writes_text
+
+
+def read_any_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, bool]:
+    """Return a model's configuration and whether it is to be trained as a sequence classifier.
+
+    A model that writes text is never one; a masked language model, a bare encoder or a classifier is.
+
+    Raises:
+        LoricaError: it cannot be found or read, or can do neither.
+    """
+    found = from_pretrained(AutoConfig, name, "configuration", revision, trust_remote_code)
+    if writes_text(found, trust_remote_code=trust_remote_code):
+        return found, False
+    if found.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise LoricaError(f"{name} is a {found.model_type}, which neither writes text nor classifies it")
+    return found, True
+
+
+def read_classifier(
+    name: str,
+    labels: Sequence[str],
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Any, list[str]]:
+    """Return a model with one class for each label, and patterns of the parameters that must train for it to learn.
+
+    These are the classification head and whatever the folder has no weights for (new, random ones): frozen, they
+    would stay random. A folder that is already a classifier of just these labels keeps its head.
+
+    Raises:
+        LoricaError: the model cannot be loaded.
+    """
+    numbers = {label: index for index, label in enumerate(labels)}
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    options |= {"num_labels": len(labels), "label2id": numbers, "id2label": {i: label for label, i in numbers.items()}}
+    options |= {"ignore_mismatched_sizes": True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    kind = AutoModelForSequenceClassification
+    model, loading = from_pretrained(kind, name, "weights", revision, trust_remote_code, **options)
+    inside = f"{model.base_model_prefix}."
+    head = {key for key, _ in model.named_parameters() if not key.startswith(inside)}
+    new = head | set(loading["missing_keys"])
+    return model.to(device), [f"^{re.escape(key)}$" for key in sorted(new)]

@@ -1,0 +1,171 @@
+"""The benchmarks that come with Lorica: they can be found, read, and ask what their protocols ask."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from transformers import AutoTokenizer
+
+from lorica.benchmarks import catalogue, find_stream
+from lorica.data.stream import Scored, TaskStream
+from lorica.data.task_rows import load_rows
+from lorica.errors import LoricaError
+from lorica.evaluation.metrics import METRICS
+
+MODEL = Path(__file__).resolve().parents[2] / "src" / "lorica" / "assets" / "demo_model"
+STREAMS = ["cl-standard", "cl-long", "trace", "general"]
+
+
+def folder(name: str) -> Path:
+    return catalogue()[name].parent
+
+
+def golden(name: str) -> dict[str, dict[str, Any]]:
+    return json.loads((folder(name) / "golden.json").read_text(encoding="utf-8"))
+
+
+def scored_of(stream: TaskStream) -> list[Scored]:
+    return [*stream.tasks, *stream.held_out]
+
+
+CASES = [(name, scored.name) for name in STREAMS for scored in scored_of(find_stream(name))]
+
+
+class Letters:
+    """A tokenizer that gives every character a number of its own, so that a prompt can be read back exactly."""
+
+    eos_token_id, bos_token_id, chat_template, is_fast = 1, None, None, False
+    all_special_tokens: ClassVar[list[str]] = []
+    added_tokens_decoder: ClassVar[dict[int, Any]] = {}
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [2 + ord(letter) for letter in text]}
+
+    def tokenize(self, text: str) -> list[str]:
+        return list(text)
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(chr(number - 2) for number in ids if number != self.eos_token_id)
+
+    def __len__(self) -> int:
+        return 2 + 0x110000
+
+
+def test_the_catalogue_holds_every_benchmark() -> None:
+    assert {*STREAMS, "demo"} <= set(catalogue())
+    for name in STREAMS:
+        assert find_stream(name).name == name
+        for file in ("README.md", "golden.json", "published.json"):
+            assert (folder(name) / file).is_file(), f"{name}/{file}"
+
+
+def test_a_stream_is_found_by_name_or_path(tmp_path: Path) -> None:
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(catalogue()["trace"].read_text(encoding="utf-8"), encoding="utf-8")
+    assert find_stream(str(copy)).model_dump() == find_stream("trace").model_dump()
+    with pytest.raises(LoricaError, match=r"unknown stream 'cl-standart'; known: .*Did you mean 'cl-standard'\?"):
+        find_stream("cl-standart")
+    with pytest.raises(LoricaError, match=r"none\.yaml: cannot read the stream"):
+        find_stream(tmp_path / "none.yaml")
+
+
+def test_the_orders_are_those_of_the_papers() -> None:
+    orders = {name: [len(order) for order in find_stream(name).orders.values()] for name in STREAMS}
+    assert orders == {"cl-standard": [4, 4, 4], "cl-long": [15, 15, 15], "trace": [8], "general": []}
+    for name in STREAMS:
+        stream = find_stream(name)
+        for order in stream.orders:
+            assert sorted(task.name for task in stream.in_order(order)) == sorted(task.name for task in stream.tasks)
+    assert [task.name for task in find_stream("cl-standard").in_order("3")] == ["yahoo", "amazon", "agnews", "dbpedia"]
+    assert list(find_stream("cl-long").orders) == ["4", "5", "6"]
+
+
+def test_the_two_classification_benchmarks_share_their_tasks() -> None:
+    long = {task.name: task for task in find_stream("cl-long").tasks}
+    for task in find_stream("cl-standard").tasks:
+        assert task == long[task.name]
+
+
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_the_first_example_is_asked_as_the_protocol_says(name: str, task: str, tmp_path: Path) -> None:
+    expected = golden(name)[task]
+    stream = find_stream(name).within(str(tmp_path))
+    scored = next(one for one in scored_of(stream) if one.name == task)
+    for file, text in expected.get("files", {scored.test_file: json.dumps([expected.get("row")])}).items():
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    loose = scored.model_copy(update={"max_prompt_length": None})
+    rows = load_rows(stream, loose, "test", Letters(), kind="causal", max_length=10**6).examples
+    assert [Letters().decode(row.prompt_ids or []) for row in rows] == [expected["prompt"]]
+    assert rows[0].answer == expected["answer"]
+    assert list(rows[0].choices) == expected.get("choices", scored.choices)
+    assert rows[0].source == expected.get("source", "")
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_golden_rows_cover_every_task_and_metrics_exist(name: str) -> None:
+    stream = find_stream(name)
+    assert set(golden(name)) == {scored.name for scored in scored_of(stream)}
+    for scored in scored_of(stream):
+        assert {scored.metric, *scored.metrics_beside} <= set(METRICS)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_published_figures_name_their_source(name: str) -> None:
+    stream = find_stream(name)
+    names = {scored.name for scored in scored_of(stream)}
+    file = stream.within("elsewhere").only([]).published_file
+    assert file is not None
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    assert rows
+    for row in rows:
+        assert {"method", "label", "model", "metrics", "source", "caveat", "like_for_like"} <= set(row)
+        assert all(row[key] for key in ("method", "label", "model", "source"))
+        assert row["like_for_like"] or row["caveat"], "what is not like for like says why"
+        assert set(row.get("orders", {})) <= set(stream.orders)
+        assert set(row.get("tasks", {})) <= names
+        if {*row.get("tasks", {})} == names and "average_accuracy" in row["metrics"]:
+            mean = sum(row["tasks"].values()) / len(names)
+            assert mean == pytest.approx(row["metrics"]["average_accuracy"], abs=0.06)
+        orders = list(row.get("orders", {}).values())
+        if len(orders) == len(stream.orders) > 1 and "the mean of its orders is" not in row["caveat"]:
+            assert sum(orders) / len(orders) == pytest.approx(row["metrics"]["average_accuracy"], abs=0.1)
+
+
+def test_the_anchors_of_the_method_are_there() -> None:
+    figures = {name: json.loads((folder(name) / "published.json").read_text(encoding="utf-8")) for name in STREAMS}
+
+    def found(name: str, label: str, model: str) -> list[float]:
+        return [
+            row["metrics"]["average_accuracy"]
+            for row in figures[name]
+            if (row["label"], row["model"]) == (label, model)
+        ]
+
+    assert found("cl-standard", "OSFT", "T5-large") == [75.9]
+    assert found("cl-long", "OSFT", "T5-large") == [71.3]
+    assert found("trace", "OSFT", "LLaMA-2-7B-Chat") == [48.4]
+
+
+DATA = os.environ.get("LORICA_TEST_DATA")
+
+
+@pytest.mark.skipif(DATA is None, reason="LORICA_TEST_DATA names no folder of benchmark data")
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_real_rows_load(name: str, task: str) -> None:
+    stream = find_stream(name).within(DATA)
+    scored = next(one for one in scored_of(stream) if one.name == task)
+    if not Path(stream.path(scored.test_file)).exists():
+        pytest.skip(f"no {scored.test_file}")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = load_rows(stream, scored, "test", tokenizer, kind="causal", max_length=stream.max_length, limit=20)
+    assert len(rows) == 20
+    assert rows.summary["rejected"] == 0
+    for row in rows.examples:
+        assert row.answer
+        assert not row.choices or row.answer in row.choices
+        assert len(row.prompt_ids or []) <= (scored.max_prompt_length or stream.max_length)

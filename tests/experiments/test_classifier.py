@@ -1,0 +1,74 @@
+"""A BERT-style encoder runs the same stream as a classifier of all its labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+from lorica.data.stream import TaskStream
+from lorica.errors import LoricaError
+from tests.experiments.conftest import Write, llama_folder, run, t5_folder, write  # noqa: F401
+from tests.training.conftest import byte_tokenizer
+
+PROMPT = "{sentence}, of {options}:"
+
+
+@pytest.fixture
+def bert_folder(tmp_path: Path) -> Path:
+    tokenizer = byte_tokenizer()
+    tokenizer.cls_token, tokenizer.sep_token = "<s>", "</s>"
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = BertConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=128, pad_token_id=2)
+    folder = tmp_path / "bert"
+    BertForMaskedLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def labelled(write: Write, tmp_path: Path) -> TaskStream:
+    """Two tasks with two labels each; the word in a sentence decides."""
+    tasks = []
+    for name, labels in (("colour", ["Red", "Blue"]), ("size", ["Big", "Small"])):
+        rows = [{"sentence": f"{labels[i % 2].lower()} {i}", "label": labels[i % 2]} for i in range(16)]
+        for part in ("train", "test"):
+            (tmp_path / "stream").mkdir(exist_ok=True)
+            (tmp_path / "stream" / f"{name}.{part}.json").write_text(json.dumps(rows))
+        files = {f"{part}_file": f"{name}.{part}.json" for part in ("train", "test")}
+        tasks.append({"name": name, "prompt": PROMPT, "choices": labels, "max_new_tokens": 6} | files)
+    return write(tasks=tasks, held_out=[], training={"max_steps": 40, "per_device_train_batch_size": 16})
+
+
+@pytest.mark.parametrize("methods", [["seqft", "half", "lora", "ewc", "replay", "lwf"]], ids="+".join)
+def test_a_masked_language_model_becomes_a_classifier(
+    methods: list[str], labelled: TaskStream, bert_folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"methods": methods, "learning_rates": 3e-3, "save_models": True}
+    records, _ = run(labelled, bert_folder, tmp_path / "out", **options)
+    for record in records:
+        assert record["model_kind"] == "classifier"
+        assert record["scores"][1][0] == 100.0, record["label"]
+        assert record["scores"][2][1] == 100.0, record["label"]
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "out" / "half" / "model")
+    assert sorted(model.config.label2id, key=model.config.label2id.get) == ["Red", "Blue", "Big", "Small"]
+    assert {record["scores"][0][0] for record in records} == {records[0]["scores"][0][0]}, "the same new head for all"
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_same_stream_runs_on_models_that_write(
+    kind: str, labelled: TaskStream, llama_folder: Path, t5_folder: Path, tmp_path: Path
+) -> None:
+    folder = llama_folder if kind == "llama" else t5_folder
+    records, _ = run(labelled, folder, tmp_path / "out", methods=["seqft", "half"])
+    assert [record["model_kind"] for record in records] == ["causal" if kind == "llama" else "seq2seq"] * 2
+
+
+def test_a_classifier_needs_choices(write: Write, bert_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoricaError, match="give choices: a classifier needs to know its classes"):
+        run(write(), bert_folder, tmp_path / "out", methods="seqft")
