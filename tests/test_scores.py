@@ -129,3 +129,48 @@ def test_table() -> None:
 
 def test_table_strips_control_characters() -> None:
     assert "\x1b" not in ScoreMatrix(["\x1b[31mred"], [[1], [2]]).table()
+
+
+OLORA_LOGS = {
+    # method and order: the logged exact match after each task, the average that follows, and backward transfer
+    "O-LoRA, order 1": (
+        [[98.7105], [98.5526, 57.7632], [97.4079, 57.4079, 71.9079], [97.7368, 56.0658, 71.0395, 88.6184]],
+        78.4,
+        -1.2,
+    ),
+    "SeqFT, order 1": (
+        [[97.0132], [89.1053, 55.25], [74.7632, 53.4474, 72.2763], [79.5263, 52.6711, 48.8421, 90.0263]],
+        67.8,
+        -14.5,
+    ),
+    "IncLoRA, order 1": (
+        [[98.7105], [82.4737, 57.0132], [80.7763, 44.9474, 72.3816], [79.5, 40.8158, 64.1447, 90.0132]],
+        68.6,
+        -14.5,
+    ),
+}
+
+
+@pytest.mark.parametrize(("logged", "average", "transfer"), OLORA_LOGS.values(), ids=OLORA_LOGS.keys())
+def test_olora_s_published_logs(logged: list[list[float]], average: float, transfer: float) -> None:
+    """The per-task results that the authors of O-LoRA (arXiv 2310.14152) ship with their code, T5-large."""
+    size = len(logged)
+    rows = [[math.nan] * size] + [row + [math.nan] * (size - len(row)) for row in logged]
+    matrix = ScoreMatrix(["dbpedia", "amazon", "yahoo", "agnews"], np.array(rows))
+    assert matrix.average_accuracy == pytest.approx(average, abs=0.05)
+    assert matrix.backward_transfer == pytest.approx(transfer, abs=0.05)
+    assert matrix.forward_transfer is None, "tasks not yet learned were not scored"
+
+
+def test_olora_s_order_6_is_averaged_over_tasks_not_rows() -> None:
+    """The log's own ``predict_exact_match`` for this stage is 73.88: it weights tasks by their number of rows."""
+    final = [62.1447, 60.0, 61.2368, 73.2143, 64.0, 72.7895, 69.6751, 94.9342, 91.9725, 98.4079, 86.4211, 65.1974,
+             61.1386, 69.4495, 52.0376]  # fmt: skip
+    learned = [60.5658, 60.7895, 69.4211, 87.5, 54.0, 72.7763, 66.787, 94.3421, 91.7431, 98.7105, 87.2895, 65.4079,
+               62.335, 69.1743, 52.0376]  # fmt: skip
+    rows = np.full((16, 15), math.nan)
+    np.fill_diagonal(rows[1:], learned)
+    rows[-1] = final
+    matrix = ScoreMatrix([str(task) for task in range(15)], rows)
+    assert matrix.average_accuracy == pytest.approx(72.17, abs=0.005)
+    assert matrix.backward_transfer == pytest.approx(-0.7, abs=0.05)

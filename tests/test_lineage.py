@@ -1,0 +1,125 @@
+"""A sequence of single updates: each knows its parent, remembers, and is rejected when it loses too much."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lorica
+from lorica.errors import LoricaError
+from lorica.lineage import forgotten, read_lineage, weights_sha256
+from tests.training.conftest import llama_folder, rows  # noqa: F401
+
+Rows = Callable[..., str]
+
+
+def update(model: Path, out: Path, file: str, **options: Any) -> dict[str, Any]:
+    settings = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 8, "lr_scheduler_type": "constant"}
+    config = {"model_name_or_path": model, "train_file": file, "output_dir": out}
+    return lorica.train(config | settings | options, say=lambda _: None)
+
+
+def test_updates_know_their_parent(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    first = update(llama_folder, tmp_path / "one", rows("one"), eval_file=rows("one"))
+    second = update(tmp_path / "one", tmp_path / "two", rows("two"), eval_file=rows("two"), retention_file=rows("one"))
+    assert first["parent"] == {
+        "model": str(llama_folder), "weights_sha256": weights_sha256(llama_folder), "updates": 0,
+    }  # fmt: skip
+    assert second["parent"]["weights_sha256"] == first["weights_sha256"] == weights_sha256(tmp_path / "one")
+    assert second["parent"]["updates"] == 1
+    assert second["data"]["retention"]["one"]["sha256"] == first["data"]["eval"]["sha256"]
+    assert second["weights_sha256"] != first["weights_sha256"]
+
+
+def test_one_weight_more_or_less_is_another_digest(llama_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"one")
+    one = weights_sha256(tmp_path)
+    (tmp_path / "b.safetensors").write_bytes(b"two")
+    assert weights_sha256(tmp_path) != one
+    assert weights_sha256(tmp_path / "nothing") is None
+    assert read_lineage("org/name").to_json() == {"model": "org/name", "weights_sha256": None, "updates": 0}
+
+
+@pytest.mark.parametrize("method", ["ewc", "replay", "olora", "gpm"])
+def test_a_method_remembers_from_update_to_update(
+    method: str, llama_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    first = update(llama_folder, tmp_path / "one", rows("one"), method=method)
+    assert first["carried_bytes"] > 0
+    assert (tmp_path / "one" / "memory" / "memory.safetensors").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    update(tmp_path / "one", tmp_path / "two", rows("two"), method=method)
+    forgetful = tmp_path / "forgetful"
+    (tmp_path / "one" / "memory" / "memory.safetensors").unlink()
+    update(tmp_path / "one", forgetful, rows("two"), method=method)
+    with_memory, without = (load_file(path / "model.safetensors") for path in (tmp_path / "two", forgetful))
+    assert not all(torch.equal(with_memory[key], without[key]) for key in without), "what it remembers has an effect"
+
+
+def test_another_method_does_not_take_over_the_memory(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    update(llama_folder, tmp_path / "one", rows("one"), method="ewc")
+    assert read_lineage(str(tmp_path / "one")).memory("replay") == {}
+    assert read_lineage(str(tmp_path / "one")).memory("ewc")
+
+
+def test_an_update_that_forgets_too_much_is_kept_aside(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    known = rows("known", count=8, completion=" 1")
+    update(llama_folder, tmp_path / "one", known, max_steps=40, method="seqft")
+    other = rows("other", count=8, completion=" 2")
+    common: dict[str, Any] = {"retention_file": known, "max_steps": 40, "method": "seqft"}
+    record = update(tmp_path / "one", tmp_path / "two", other, max_forgetting=5, **common)
+    lost = record["scores"]["before"]["retention"]["known"]["exact_match"]
+    lost -= record["scores"]["after"]["retention"]["known"]["exact_match"]
+    assert record["rejected"] == {"known": lost}
+    assert lost > 5
+    out = tmp_path / "two"
+    assert not list(out.glob("*.safetensors"))
+    assert not (out / "config.json").exists(), "nobody loads it by mistake"
+    AutoModelForCausalLM.from_pretrained(out / "rejected")
+    assert json.loads((out / "lorica.json").read_text())["rejected"] == record["rejected"]
+    assert (out / "report.html").is_file()
+    accepted = update(tmp_path / "one", tmp_path / "three", other, max_forgetting=100, **common)
+    assert accepted["rejected"] == {}
+    assert (tmp_path / "three" / "model.safetensors").is_file()
+
+
+def test_the_limit_counts_each_file() -> None:
+    def scored(**files: float) -> dict[str, Any]:
+        return {"retention": {name: {"exact_match": value} for name, value in files.items()}}
+
+    scores = {"before": scored(a=90.0, b=50.0, c=10.0), "after": scored(a=85.0, b=44.9, c=30.0)}
+    assert forgotten(scores, None) == {}
+    assert forgotten(scores, 5.0) == {"b": pytest.approx(5.1)}
+    assert set(forgotten(scores, 0.0)) == {"a", "b"}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no file": ({"max_forgetting": 3}, r"--max_forgetting needs --retention_file"),
+    "range": ({"max_forgetting": -1, "retention_file": "known"}, r"--max_forgetting: .*greater than or equal to 0"),
+    "text": ({"max_forgetting": 3, "retention_file": "text"}, r"--max_forgetting counts points of exact match, and no row"),
+    "bound": ({"method": "joint"}, r"method 'joint' is a bound on a whole stream; it runs with lorica run"),
+    "per-task": ({"method": "per-task"}, r"method 'per-task' is a bound"),
+    "option": ({"method": "lora", "method_options": ["rank=4"]}, r"unknown option 'rank'; it takes .*r, "),
+    "value": ({"method": "lora", "method_options": ["r=four"]}, r"option 'r': .*'four'"),
+    "form": ({"method": "lora", "method_options": ["r"]}, r"--method_options: expected NAME=VALUE"),
+    "foreign": ({"method": "lora", "mrr": 0.2}, r"mrr has no effect with method 'lora'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG.values(), ids=WRONG.keys())
+def test_mistakes(options: dict[str, Any], message: str, llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    if options.get("retention_file") == "known":
+        options = options | {"retention_file": rows("known")}
+    if options.get("retention_file") == "text":
+        (tmp_path / "text.jsonl").write_text('{"text": "only text"}\n')
+        options = options | {"retention_file": str(tmp_path / "text.jsonl")}
+    with pytest.raises(LoricaError, match=message):
+        update(llama_folder, tmp_path / "out", rows("new"), **options)
+    assert not (tmp_path / "out").exists()
