@@ -2,10 +2,11 @@
 
     python benchmarks/recipes/make_small_model.py --data_dir DATA --output_dir MODELS/llama --kind llama --seed 0
 
-Tokenizer and weights come from the training rows of the data folder alone (``cl/*/train.json``,
-``trace/*/train.json``), as text without its labels' meaning: next tokens for Llama, corrupted spans for T5, masked
-tokens for BERT. With one thread the same seed gives the same model. A million parameters know next to nothing, so
-what is measured with such a model shows that everything runs, and is no benchmark score.
+Tokenizer and weights come from the sentences and prompts of the data folder's training rows alone
+(``cl/*/train.json``, ``trace/*/train.json``); no label and no answer is seen. The objective is the next token for
+Llama, corrupted spans for T5, masked tokens for BERT. The same seed gives the same model on the same machine. A million
+parameters know next to nothing, so what is measured with such a model shows that everything runs, and is no
+benchmark score.
 """
 
 from __future__ import annotations
@@ -152,12 +153,12 @@ KINDS = {
 
 
 def training_texts(data_dir: Path) -> list[str]:
-    """Return the sentences of the classification tasks, and prompts with answers of the instruction tasks."""
+    """Return the sentences of the classification tasks and the prompts of the instruction tasks."""
     files = sorted([*data_dir.glob("cl/*/train.json"), *data_dir.glob("trace/*/train.json")])
     if not files:
         raise SystemExit(f"{data_dir}: no cl/*/train.json and no trace/*/train.json")
     rows = [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))]
-    return [row["sentence"] if "sentence" in row else row["prompt"] + row["answer"] for row in rows]
+    return [row["sentence"] if "sentence" in row else row["prompt"] for row in rows]
 
 
 def make_tokenizer(kind: Kind, texts: list[str]) -> PreTrainedTokenizerFast:

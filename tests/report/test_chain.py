@@ -72,10 +72,19 @@ def test_the_matrix_is_found_by_hashes() -> None:
     assert single == []
     assert chain.names == ["one", "two", "three"]
     nan = math.nan
-    expected = [[2, nan, nan], [90, 3, nan], [70, 80, 4], [nan, 75, 60]]
+    expected: list[list[float]] = [[2, nan, nan], [90, 3, nan], [70, 80, 4], [nan, 75, 60]]
     assert np.array_equal(chain.matrix.scores, expected, equal_nan=True)
     assert chain.held_out == {"atlas": [96, 95, 94, 93]}, "known by its hash, under the name of the first update"
     assert [(place, one.weights_sha256) for place, one in chain.rejected] == [(2, "wx")]
+
+
+def test_a_score_is_read_from_the_update_that_made_the_model() -> None:
+    alone = update("two", "w1", "w2", {"two.eval": ("e2", 3.0, 80.0)})
+    (chain,), _ = chains(parsed(FIRST, alone))
+    assert chain.matrix.scores[1].tolist() == [90, 3], "the next update did not score it"
+    again = update("two", "w1", "w2", {"two.eval": ("e2", 3.0, 80.0), "old": ("e1", 89.0, 70.0)})
+    (chain,), _ = chains(parsed(FIRST, again))
+    assert chain.matrix.scores[1].tolist() == [90, 3], "the next update scored it once more, on another machine"
 
 
 def test_an_unknown_cell_is_never_a_zero(tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ def test_all_against_nothing() -> None:
     assert (found.mean, found.rows.low, found.rows.high) == (100, 100, 100)  # type: ignore[union-attr]
     assert found.beyond_chance
     assert found.told() == "+100.0 [100.0, 100.0]"
+    assert found.verdict == "yes, over rows alone", "one seed says nothing of another training run"
+    twice = [{0: rows[0], 1: rows[0]} for rows in (GOOD, BAD)]
+    assert gap(runs("osft", twice[0]), runs("seqft", twice[1])).verdict == "yes"
     assert not gap(runs("osft", GOOD), runs("seqft", GOOD)).beyond_chance
 
 
@@ -56,7 +59,7 @@ def test_rows_are_averaged_over_the_shared_runs_and_paired() -> None:
     means = [
         {task: np.mean([side[0][task], side[1][task]], axis=0) for task in "ab"} for side in (ours, theirs)
     ]  # fmt: skip
-    expected = paired_difference(*means)
+    expected = paired_difference(means[0], means[1])
     assert found.rows is not None
     assert (found.rows.mean, found.rows.low, found.rows.high) == (expected.mean, expected.low, expected.high)
     by_seed = [np.mean([np.mean(ours[s][t]) - np.mean(theirs[s][t]) for t in "ab"]) for s in (0, 1)]

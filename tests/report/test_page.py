@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -147,7 +148,7 @@ def test_a_browser_shows_it_without_errors_or_requests(tmp_path: Path) -> None:
         [
             str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--enable-logging=stderr",
+            "--enable-logging=stderr", "--host-resolver-rules=MAP * ~NOTFOUND",
             f"--user-data-dir={tmp_path / 'profile'}", f"--log-net-log={log}", "--dump-dom", page.as_uri(),
         ],
         capture_output=True, text=True, timeout=60, check=False,
@@ -155,5 +156,18 @@ def test_a_browser_shows_it_without_errors_or_requests(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert "What was learned?" in done.stdout
     assert "CONSOLE" not in done.stderr
+    # What the browser wants of its maker is not the page's doing, and goes nowhere.
     requested = re.findall(r'"url":"((?:https?|file|data):[^"]*)"', log.read_text(encoding="utf-8"))
     assert [url for url in requested if url.startswith("http") and "google" not in url] == []
+
+
+def test_records_of_every_kind_share_a_page(tmp_path: Path) -> None:
+    layer = run_record()["plan"][0] | {"spectrum": {"index": [0, 1], "sigma": [2.0, 1.0]}, "effective_rank": 1.9}
+    inspected = {"schema": 1, "kind": "inspect", "model": "looked-at", "layers": [layer]}
+    for name, record in {"run": WHOLE, "lorica": train_record(), "judge": judge_record(), "inspect": inspected}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.json").write_text(json.dumps(record))
+    write_report([tmp_path], tmp_path)
+    titles = re.findall(r"^# (.*)$", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    assert len(titles) == 4
+    assert titles[-1].startswith("looked-at")

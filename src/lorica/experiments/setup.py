@@ -42,8 +42,7 @@ class Setup:
         self.stream = found.within(config.data_dir).only(config.tasks)
         self.settings = chosen_settings(config, self.stream)
         self.orders: list[str | None] = list(config.orders) or [next(iter(self.stream.orders), None)]
-        for order in self.orders:
-            self.stream.in_order(order)
+        _check_orders(self.stream, self.orders)
         self.training = self.stream.training | config.training
         for name, one in self.settings.items():
             where = f"stream {self.stream.name!r}, method {name!r}"
@@ -163,6 +162,19 @@ class Setup:
         if width is None:
             raise LoricaError("the model's width cannot be told; give --learning_rates")
         return default_learning_rate(width) * METHODS[settings.method].learning_rate_scale
+
+
+def _check_orders(stream: TaskStream, orders: list[str | None]) -> None:
+    """Refuse orders that the chosen tasks make the same: one sequence of tasks would count as two."""
+    seen: dict[tuple[str, ...], str | None] = {}
+    for order in orders:
+        names = tuple(task.name for task in stream.in_order(order))
+        if names in seen:
+            raise LoricaError(
+                f"stream {stream.name!r}: orders {seen[names]!r} and {order!r} are the same without "
+                f"{', '.join(stream.left_out)}; name one of them with --orders"
+            )
+        seen[names] = order
 
 
 INSTEAD = {"seed": "--seeds", "learning_rate": "--learning_rates"}

@@ -69,7 +69,7 @@ class LoraOptions(AdapterOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.alpha > 0:
+        if not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha = {self.alpha} is out of range: above 0")
 
 

@@ -37,7 +37,7 @@ class EWCOptions(Targets):
 
     def __post_init__(self) -> None:
         if not 0 <= self.ewc_lambda < float("inf"):
-            raise ValueError(f"ewc_lambda = {self.ewc_lambda} is out of range: give a number from 0 up")
+            raise ValueError(f"ewc_lambda = {self.ewc_lambda} is out of range: 0 or more")
         if not 0 <= self.gamma <= 1:
             raise ValueError(f"gamma = {self.gamma} is out of range: a share from 0 to 1")
         if self.fisher_rows < 1:

@@ -55,9 +55,9 @@ class GPM(ProjectedFT):
     the set that their gradient lies in, the weight itself is put back after each step.
 
     Source:
-        Saha, Garg and Roy, "Gradient Projection Memory for Continual Learning", ICLR 2021, equations 5, 8, 9;
-        threshold and 125 rows of the authors' code. That code keeps one direction less than equation 5 after
-        the first task; here it is the equation's number.
+        Saha, Garg and Roy, "Gradient Projection Memory for Continual Learning", ICLR 2021 (arXiv 2103.09762),
+        equations 5, 8, 9; threshold and 125 rows of the authors' code. That code keeps one direction less than
+        equation 5 after the first task; here it is the equation's number.
     """
 
     options_type = GPMOptions

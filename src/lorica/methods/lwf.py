@@ -33,9 +33,9 @@ class LwFOptions(Targets):
 
     def __post_init__(self) -> None:
         if not 0 <= self.lwf_lambda < float("inf"):
-            raise ValueError(f"lwf_lambda = {self.lwf_lambda} is out of range: give a number from 0 up")
+            raise ValueError(f"lwf_lambda = {self.lwf_lambda} is out of range: 0 or more")
         if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature = {self.temperature} is out of range: give a number above 0")
+            raise ValueError(f"temperature = {self.temperature} is out of range: above 0")
 
 
 @METHODS.register("lwf")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from lorica.constrain.accumulate import FlatBasis
 from lorica.constrain.projections import Flat
-from lorica.data.example import IGNORED_LABEL
 from lorica.methods.base import METHODS, Targets
+from lorica.methods.positions import trained_positions
 from lorica.methods.projected import ProjectedFT, opened, refuse_too_many
 from lorica.methods.task import TaskData
 from lorica.subspace.calibration import Batch
@@ -53,7 +53,8 @@ class OGD(ProjectedFT):
     gradient nearly vanishes on rows that are known by heart, but only its direction counts.
 
     Source:
-        Farajtabar, Azizan, Mott and Li, "Orthogonal Gradient Descent for Continual Learning", AISTATS 2020.
+        Farajtabar, Azizan, Mott and Li, "Orthogonal Gradient Descent for Continual Learning", AISTATS 2020
+        (arXiv 1910.07104).
     """
 
     options_type = OGDOptions
@@ -100,8 +101,5 @@ class OGD(ProjectedFT):
 
 def mean_logit(model: Any, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean of the logits that a row's labels ask for, where they are not ignored."""
-    if labels.dim() == 2 and not model.config.is_encoder_decoder:
-        logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels.ne(IGNORED_LABEL)
-    asked = logits.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-    return asked[counted].mean()
+    logits_TV, labels_T = trained_positions(model, labels, logits)
+    return logits_TV.gather(-1, labels_T[:, None]).mean()

@@ -30,7 +30,7 @@ class OLoRAOptions(LoraOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lambda1", "lambda2"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} = {getattr(self, name)} is out of range: 0 or more")
 
 

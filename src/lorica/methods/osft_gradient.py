@@ -20,7 +20,7 @@ from lorica.subspace.plan import Constraint
 from lorica.subspace.ranks import share_to_count
 from lorica.subspace.sources import Protected
 
-REFRESH = 10
+REFRESH, MAX_BYTES = 10, 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class GradientOptions(Targets):
         form: ``matrix``: a basis of each side of each weight; ``flat``: one of all weights laid end to end
             (the article's P x k form; small models only).
         constraint: what the bases of ``matrix`` forbid; ``block`` by default.
-        max_bytes: how much ``flat`` may store at the end of the stream.
+        max_bytes: how much may be stored at the end of the stream; 4 GiB by default. For ``flat``.
     """
 
     snapshot: Literal["gradient", "delta"] = "gradient"
@@ -42,7 +42,7 @@ class GradientOptions(Targets):
     k: int | float = 8
     form: Literal["matrix", "flat"] = "matrix"
     constraint: Constraint | None = None
-    max_bytes: int = 4 * 2**30
+    max_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if self.snapshot not in ("gradient", "delta"):
@@ -57,6 +57,8 @@ class GradientOptions(Targets):
             raise ValueError(f"constraint = {self.constraint!r} is unknown; known: two-sided, input, output, block")
         if self.constraint is not None and self.form == "flat":
             raise ValueError("constraint has no effect with form 'flat', which knows no sides")
+        if self.max_bytes is not None and self.form == "matrix":
+            raise ValueError("max_bytes has no effect with form 'matrix', which stores little")
         if isinstance(self.k, float) and (self.form == "flat" or not 0 <= self.k <= 1):
             raise ValueError(f"k = {self.k} is out of range: a count, or with form 'matrix' a share from 0.0 to 1.0")
         if self.k < 0:
@@ -102,7 +104,8 @@ class OSFTGradient(ProjectedFT):
             self._hold_sides(model, self.memory)
         else:
             vectors = (1 if self.options.snapshot == "delta" else int(self.options.k)) * task.count
-            refuse_too_many(model, tracked, vectors, self.options.max_bytes, "osft-gradient", "k")
+            allowed = MAX_BYTES if self.options.max_bytes is None else self.options.max_bytes
+            refuse_too_many(model, tracked, vectors, allowed, "osft-gradient", "k")
             self._joint = Flat(tracked, self.memory) if len(self.memory) else None
         if self.options.k and self.options.snapshot == "delta":
             self._start = self._before or {

@@ -31,7 +31,7 @@ class SGPOptions(GPMOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.scale >= 0:
+        if not 0 <= self.scale < float("inf"):
             raise ValueError(f"scale = {self.scale} is out of range: 0 or more")
         if self.scaled not in ("gradient", "step"):
             raise ValueError(f"scaled = {self.scaled!r} is unknown; known: gradient, step")

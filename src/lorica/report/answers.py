@@ -66,12 +66,14 @@ def _chance(reference: Reference, methods: Sequence[MethodRuns]) -> str:
     level = [one.label for one, each in known if not each.beyond_chance]
     sides = {"above it": above, "below it": below, "not told apart from it": level}
     told = ". ".join(f"{where[0].upper()}{where[1:]}: {'; '.join(labels)}" for where, labels in sides.items() if labels)
-    return f"Against {reference.runs.label}. {told}."
+    alone = "" if all(each.seeds for _, each in known) else " Over test rows alone where there is one seed."
+    return f"Against {reference.runs.label}. {told}.{alone}"
 
 
 def _one_gap(reference: MethodRuns, one: MethodRuns, found: Gap) -> str:
     where = "above" if (found.mean or 0) >= 0 else "below"
-    verdict = "more than chance" if found.beyond_chance else "which may be chance"
+    sure = "more than chance" if found.seeds else "more than chance over test rows alone"
+    verdict = sure if found.beyond_chance else "which may be chance"
     return f"{one.label} ends {where} {reference.label} by {found.told()} points (95 % intervals), {verdict}."
 
 

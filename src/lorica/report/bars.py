@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from lorica.report.charts import WIDTH
 from lorica.report.svg import Scale, canvas, colour, line, rect, tag, text
+from lorica.report.tables import points
 from lorica.scores import shorten
 
 ROW = 26
@@ -69,7 +70,7 @@ def stacked_bars(outcomes: Sequence[Outcome], labels: Sequence[str], *, title: s
 
 
 def _level(one: Level, x: Scale, y: float) -> list[Markup]:
-    change = "" if one.before is None else f" ({one.after - one.before:+.1f})"
+    change = "" if one.before is None else f" ({points(one.after - one.before)})"
     note = f"{one.name}: {'' if one.before is None else f'{one.before:.1f} before, '}{one.after:.1f} after"
     parts = [
         text(x.start - 10, y + 14, _name(one.name), "end", f"direct {colour(one.index)}"),

@@ -40,6 +40,13 @@ class Gap:
         found = [one for one in (self.rows, self.seeds) if one is not None]
         return bool(found) and all(_excludes_zero(one) for one in found)
 
+    @property
+    def verdict(self) -> str:
+        """Whether it is more than chance, in words; of one seed only as far as test rows can tell."""
+        if not self.beyond_chance:
+            return "no"
+        return "yes" if self.seeds else "yes, over rows alone"
+
     def told(self) -> str:
         """Return ``+12.3 [10.1, 14.4]``, of several seeds ``+12.3 [10.1, 14.4], seeds [8.0, 16.6]``."""
         if self.mean is None:

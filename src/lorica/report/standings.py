@@ -24,7 +24,8 @@ from lorica.report.text import averaged_over
 _CHANCE_INTRO = (
     "How far each method's average at the end lies above the reference, in points, with 95 % intervals: first the "
     "paired bootstrap over the same test rows, which leaves out that another training run would differ; then, where "
-    "at least two seeds are shared, the t-interval over seeds. A difference counts only if zero lies outside of all."
+    "at least two seeds are shared, the t-interval over seeds. A difference counts only if zero lies outside of all; "
+    "nothing corrects for how many are looked at."
 )
 
 
@@ -106,7 +107,7 @@ def tasks_section(methods: Sequence[MethodRuns]) -> Section:
     rows += [[one.label, *(_task_told(methods, one, task) for task in tasks)] for one in methods]
     intro = f"Metric: {metrics[0]}. " if set(metrics) != {MISSING} and len(set(metrics)) == 1 else ""
     if any(_at_floor(methods, one, task) for one in methods for task in tasks):
-        intro += f"{AT_FLOOR} no better than always giving the most frequent answer."
+        intro += f"{AT_FLOOR} marks a score no better than always giving the most frequent answer."
     table = Table(["at the end, percent", *tasks], rows)
     return Section("Each task at the end", intro, table=table, details=_beside(methods, tasks))
 
@@ -124,7 +125,7 @@ def _interval_told(one: MethodRuns) -> str:
 def _gap_cells(found: Gap | None) -> list[str]:
     if found is None:
         return ["the reference", ""]
-    return [found.told(), MISSING if found.mean is None else "yes" if found.beyond_chance else "no"]
+    return [found.told(), MISSING if found.mean is None else found.verdict]
 
 
 def _beside(methods: Sequence[MethodRuns], tasks: Sequence[str]) -> list[tuple[str, Table]]:
