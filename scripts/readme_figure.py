@@ -12,8 +12,8 @@ import argparse
 from importlib.resources import files
 from pathlib import Path
 
-from lorica.report.charts import Series, line_chart
 from lorica.report import read_records
+from lorica.report.charts import Series, line_chart
 from lorica.report.records import RunRecord
 
 GAP = 30

@@ -80,7 +80,9 @@ def test_imports_follow_the_directions(path: Path) -> None:
         assert allowed, f"{here} imports {name}"
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if room(p) in ("report", "scores", "bootstrap", "errors", "config")], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if room(p) in ("report", "scores", "bootstrap", "errors", "config")], ids=name_of
+)
 def test_tables_need_no_torch(path: Path) -> None:
     assert not [name for name in imports(parse(path)) if name.split(".")[0] in ("torch", "transformers", "datasets")]
 

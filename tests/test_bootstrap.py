@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorica.errors import LoricaError
 from lorica.bootstrap import Interval, interval, paired_difference, t_interval, t_quantile
+from lorica.errors import LoricaError
 
 SCORES = st.lists(st.floats(0, 100), min_size=1, max_size=12)
 STREAMS = st.dictionaries(st.sampled_from(["one", "two", "three"]), SCORES, min_size=1)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorica import cli
 from lorica.commands.options import normalised
 from lorica.config import UpdateConfig
+from lorica.experiments.config import RunConfig
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 
 Run = Callable[..., tuple[int, str, str]]
@@ -147,7 +148,13 @@ def test_list_names_what_there_is(command: Run) -> None:
 
 def test_flags_take_true_and_false_as_training_arguments_do() -> None:
     words = ["train", "--skip_invalid_rows", "false", "--freeze_experts", "true", "--bf16", "true"]
-    assert normalised(words, [UpdateConfig]) == ["train", "--no_skip_invalid_rows", "--freeze_experts", "--bf16", "true"]
+    assert normalised(words, [UpdateConfig]) == [
+        "train",
+        "--no_skip_invalid_rows",
+        "--freeze_experts",
+        "--bf16",
+        "true",
+    ]
 
 
 def test_command_line_wins_over_the_file(

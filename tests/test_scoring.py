@@ -58,13 +58,15 @@ def test_other_metrics_and_fewer_rows(llama_folder: Path, rows: Rows) -> None:
         (["no.yaml"], {}, r"no\.yaml: cannot read the stream"),
         (["general"], {"only": ["piqua"]}, r"has no task 'piqua'.*Did you mean 'piqa'"),
         (["{rows}"], {"metric": "exact"}, r"unknown metric 'exact'"),
-        (["{rows}"], {"output_file": "no/such/folder/e.json"}, r"--output_file no/such/folder/e\.json: there is no such"),
+        (
+            ["{rows}"],
+            {"output_file": "no/such/folder/e.json"},
+            r"--output_file no/such/folder/e\.json: there is",
+        ),
         (["{rows}"], {"batch_size": 0}, r"--batch_size: .*greater than or equal to 1"),
         (["{rows}"], {"batchsize": 3}, r"unknown option --batchsize\. Did you mean 'batch_size'"),
     ],
 )
-def test_mistakes(
-    tasks: list[str], options: dict[str, Any], message: str, llama_folder: Path, rows: Rows
-) -> None:
+def test_mistakes(tasks: list[str], options: dict[str, Any], message: str, llama_folder: Path, rows: Rows) -> None:
     with pytest.raises(LoricaError, match=message):
         scores_of(llama_folder, *(task.replace("{rows}", rows("a")) for task in tasks), **options)

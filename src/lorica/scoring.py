@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lorica.benchmarks import catalogue, find_stream
-from lorica.data.stream import Ability, Scored, TaskStream
-from lorica.data.task_rows import load_rows
+from lorica.bootstrap import interval
 from lorica.data.positions import position_limit
 from lorica.data.reader import READERS
+from lorica.data.stream import Ability, Scored, TaskStream
+from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
-from lorica.bootstrap import interval
 from lorica.evaluation.metrics import checked
 from lorica.evaluation.scorer import check_answers, score_task
 from lorica.lineage import weights_sha256
@@ -21,7 +21,6 @@ from lorica.scoring_options import EvalOptions
 from lorica.training.models import read_model, read_model_config, read_tokenizer
 
 Say = Callable[[str], None]
-
 
 
 def evaluate_model(options: EvalOptions, say: Say = print) -> dict[str, Any]:

@@ -161,7 +161,9 @@ class Update:
         for line in comparison(record["scores"]["before"], record["scores"]["after"]):
             self.say(line)
         for name, points in record["rejected"].items():
-            self.say(f"rejected: {name} lost {points:.1f} points, and --max_forgetting is {self.config.max_forgetting:g}")
+            self.say(
+                f"rejected: {name} lost {points:.1f} points, and --max_forgetting is {self.config.max_forgetting:g}"
+            )
         self.say(f"model: {kept}   record: {output_dir / 'lorica.json'}   report: {page}")
 
     def _method_options(self) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def test_replay_gets_no_more_steps_than_the_rest(write: Write, llama_folder: Pat
 
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "training": ({"training": {"learning_rat": 1}}, {}, r"'letters', method 'seqft': unknown option --learning_rat\. Did"),
+    "training": ({"training": {"learning_rat": 1}}, {}, r"method 'seqft': unknown option --learning_rat\. Did"),
     "key": (
         {"methods": {"half": SETTINGS["half"] | {"options": {"unfreeze_rank": 0.5}}}}, {},
         r"stream 'letters', method 'half': unknown option 'unfreeze_rank'; .* Did you mean 'unfreeze_rank_ratio'",

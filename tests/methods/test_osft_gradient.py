@@ -229,6 +229,7 @@ def test_flat_is_refused_where_it_would_not_fit() -> None:
         ({"snapshot": "delta", "refresh": 5}, "refresh has no effect with snapshot 'delta'"),
         ({"refresh": 0}, "refresh = 0 is out of range"),
         ({"form": "flat", "constraint": "input"}, "constraint has no effect with form 'flat'"),
+        ({"max_bytes": 10}, "max_bytes has no effect with form 'matrix'"),
         ({"k": -1}, "k = -1 is out of range"),
         ({"k": 1.5}, "k = 1.5 is out of range"),
         ({"k": 0.5, "form": "flat"}, "k = 0.5 is out of range"),

@@ -19,9 +19,7 @@ def inspect(
     unfreeze_rank_ratio: Annotated[
         float | None, typer.Option("--unfreeze_rank_ratio", help="Share of the directions the plan leaves free; 0.25.")
     ] = None,
-    ranks: Annotated[
-        str, typer.Option("--ranks", help="uniform, importance, energy or effective-rank.")
-    ] = "uniform",
+    ranks: Annotated[str, typer.Option("--ranks", help="uniform, importance, energy or effective-rank.")] = "uniform",
     source: Annotated[str, typer.Option("--source", help="weight, activation or hybrid.")] = "weight",
     target_modules: Annotated[
         list[str] | None, typer.Option("--target_modules", help="Names or regular expressions. Repeatable.")
@@ -38,9 +36,7 @@ def inspect(
     which: Annotated[
         list[str] | None, typer.Option("--which", help="The end of the spectrum: top, bottom; both. Repeatable.")
     ] = None,
-    per_layer: Annotated[
-        bool, typer.Option("--per_layer", help="Remove them in one layer at a time as well.")
-    ] = False,
+    per_layer: Annotated[bool, typer.Option("--per_layer", help="Remove them in one layer at a time as well.")] = False,
     curvature_rows: Annotated[
         int | None, typer.Option("--curvature_rows", help="Rows for the curvature; 32, 0 for none.")
     ] = None,

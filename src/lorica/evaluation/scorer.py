@@ -127,9 +127,7 @@ def _chosen(
 
 
 @torch.no_grad()
-def _classified(
-    model: Any, rows: list[Encoded], scored: Scored, tokenizer: Any, batch_size: int
-) -> list[str]:
+def _classified(model: Any, rows: list[Encoded], scored: Scored, tokenizer: Any, batch_size: int) -> list[str]:
     """Return the likeliest of the task's choices for each row; other classes of the head are left out."""
     classes = [model.config.label2id[choice] for choice in scored.choices]
     answers = [""] * len(rows)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorica.errors import LoricaError
 from lorica.bootstrap import interval
+from lorica.errors import LoricaError
 from lorica.experiments.cell import CellRun
 from lorica.experiments.progress import Progress
 from lorica.experiments.selection import Selection

@@ -60,9 +60,7 @@ class Setup:
         self.labels = list(dict.fromkeys(choice for task in self.stream.tasks for choice in task.choices))
         self.collate = Collator(self.tokenizer, seq2seq=self.kind == "seq2seq", classifier=self.kind == "classifier")
         self.held_out = self._held_out()
-        self.rows = Rows(
-            config, self.stream, self.held_out, self.tokenizer, self.model_config, self.kind, self.labels
-        )
+        self.rows = Rows(config, self.stream, self.held_out, self.tokenizer, self.model_config, self.kind, self.labels)
         self.base_scores: dict[tuple[str, bool], TaskScores] = {}
         self._check_rows()
 
@@ -170,9 +168,10 @@ def _check_orders(stream: TaskStream, orders: list[str | None]) -> None:
     for order in orders:
         names = tuple(task.name for task in stream.in_order(order))
         if names in seen:
+            without = f" without {', '.join(stream.left_out)}" if stream.left_out else ""
             raise LoricaError(
-                f"stream {stream.name!r}: orders {seen[names]!r} and {order!r} are the same without "
-                f"{', '.join(stream.left_out)}; name one of them with --orders"
+                f"stream {stream.name!r}: orders {seen[names]!r} and {order!r} are the same{without}; "
+                "name one of them with --orders"
             )
         seen[names] = order
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lorica.errors import LoricaError
 
 Batch = Mapping[str, Tensor]
+IGNORED_LABEL = -100
 
 
 @dataclass
@@ -86,7 +87,7 @@ def observe(
             for batch in calibration:
                 inputs = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
                 mask["encoder"] = _as_mask(inputs.get("attention_mask"))
-                mask["decoder"] = _as_mask(inputs.get("decoder_attention_mask"))
+                mask["decoder"] = _as_mask(inputs.get("decoder_attention_mask", _labelled(model, inputs)))
                 model(**inputs)
     finally:
         model.train(training)
@@ -96,6 +97,13 @@ def observe(
     if unseen:
         raise LoricaError(f"the calibration inputs never reached {unseen[0]} ({len(unseen)} of {len(layers)} layers)")
     return statistics
+
+
+def _labelled(model: nn.Module, inputs: Batch) -> Tensor | None:
+    """Return which decoder positions count where a batch has labels alone: padding has none."""
+    labels = inputs.get("labels")
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return labels != IGNORED_LABEL if decodes and labels is not None else None
 
 
 def _as_mask(mask: Tensor | None) -> Tensor | None:

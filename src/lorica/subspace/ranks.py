@@ -13,6 +13,10 @@ RANKS = ("uniform", "importance", "energy", "effective-rank")
 """The policies that ``lorica.plan(ranks=...)`` knows."""
 
 
+LARGEST_IMPORTANCE = 10.0
+"""Largest importance of a layer, mean 1, that still means something."""
+
+
 def share_to_count(share: float, size: int) -> int:
     """Return ``floor(share * size)`` within [0, size], immune to the last bit of ``share``."""
     return min(size, max(0, math.floor(share * size + 1e-9)))
@@ -62,15 +66,18 @@ def importance_shares(similarity: Mapping[str, float], mrr: float, trr: float) -
         Shares, not yet clamped to [0, 1]: ``share_to_count`` does that.
 
     Raises:
-        LoricaError: the mean similarity is not positive, so that dividing by it says nothing.
+        LoricaError: the mean similarity is not positive, or so near 0 that a single layer would be more than ten times
+            as important as the mean: dividing by it says nothing then.
 
     Source:
         arXiv 2504.07097, adaptive rank selection.
     """
     mean = sum(similarity.values()) / len(similarity)
-    if not mean > 1e-6:
+    largest = max(map(abs, similarity.values()))
+    if not mean > max(1e-6, largest / LARGEST_IMPORTANCE):
         raise LoricaError(
             f"ranks 'importance' is undefined here: inputs and outputs have mean cosine {mean:.2g} over the "
-            f"{len(similarity)} weights, and the rule divides by it; use ranks 'uniform' or 'energy'"
+            f"{len(similarity)} weights, single ones up to {largest:.2g}, and the rule divides by that mean; use ranks "
+            "'uniform' or 'energy'"
         )
     return {name: mrr + value / mean * (trr - mrr) for name, value in similarity.items()}

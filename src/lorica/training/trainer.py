@@ -45,7 +45,9 @@ class MethodMixin:
         # Without a count the model returns the mean over this micro-batch. With one, some sum and divide by it and
         # some (T5) ignore it, and the Trainer would add such means up as if they were sums.
         loss, outputs = super().compute_loss(model, inputs, True, None)  # type: ignore[misc]
-        extra = self.method.penalty(self.model, {**inputs, "labels": labels}, outputs.logits) if model.training else None
+        extra = (
+            self.method.penalty(self.model, {**inputs, "labels": labels}, outputs.logits) if model.training else None
+        )
         loss = (loss if extra is None else loss + extra) * self._share(labels, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
