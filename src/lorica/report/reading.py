@@ -39,20 +39,14 @@ def read_record(source: Mapping[str, Any] | Path | str) -> Record:
     """
     if isinstance(source, Mapping):
         return _validated(_finite(source), "run record")
-    path = Path(source)
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise LoricaError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise LoricaError(f"{path}: not a JSON file ({error})") from None
-    return _validated(data, str(path))
+    return _validated(_parsed(Path(source)), str(source))
 
 
 def read_records(sources: Iterable[Mapping[str, Any] | Path | str]) -> list[Record]:
     """Return the records of several sources, each file once.
 
-    A folder stands for the records anywhere in it, but for those below a folder ``sweep``.
+    A folder stands for the records anywhere in it, but for those below a folder ``sweep``; a file may also hold a
+    list of records.
     """
     records = [read_record(item) for item in _once(item for source in sources for item in _expand(source))]
     if not records:
@@ -75,12 +69,28 @@ def _expand(source: Mapping[str, Any] | Path | str) -> Sequence[Mapping[str, Any
         return [source]
     path = Path(source)
     if not path.is_dir():
-        return [path]
+        data = _parsed(path)
+        return [_item(one, path) for one in data] if isinstance(data, list) else [path]
     below = (file for name in FILE_NAMES for file in path.rglob(name))
     files = sorted(file for file in below if file.is_file() and SWEEP not in file.relative_to(path).parts)
     if not files:
         raise LoricaError(f"{path}: no {', '.join(FILE_NAMES[:-1])} or {FILE_NAMES[-1]} in this folder or below it")
     return files
+
+
+def _item(data: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(data, dict):
+        raise LoricaError(f"{path}: a run record is a JSON object, this list holds a {type(data).__name__}")
+    return data
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise LoricaError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise LoricaError(f"{path}: not a JSON file ({error})") from None
 
 
 def _validated(data: Any, where: str) -> Record:
