@@ -51,6 +51,9 @@ def kept_part(file: Path) -> dict[str, Any]:
     names = {settings[field]: name for field, name in FOLDERS.items() if settings[field]}
     names |= {model: f"MODELS/{Path(model).name}"}
     slim = {name: value for name, value in record.items() if name not in PER_WEIGHT}
+    for parts in slim["data"].values():
+        for summary in parts.values():
+            summary["path"] = "/".join(Path(summary["path"]).parts[-2:])
     return {name: _renamed(value, names) for name, value in slim.items()}
 
 

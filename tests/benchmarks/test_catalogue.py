@@ -14,7 +14,8 @@ from lorica.benchmarks import catalogue, find_stream
 from lorica.data.stream import Scored, TaskStream
 from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
-from lorica.evaluation.metrics import METRICS
+from lorica.evaluation.metrics import METRICS, Answer
+from lorica.evaluation.scorer import trimmed
 
 MODEL = Path(__file__).resolve().parents[2] / "src" / "lorica" / "assets" / "demo_model"
 STREAMS = ["cl-standard", "cl-long", "trace", "general"]
@@ -106,6 +107,33 @@ def test_the_first_example_is_asked_as_the_protocol_says(name: str, task: str, t
     assert rows[0].source == expected.get("source", "")
 
 
+ANSWERS = [
+    ("cl-standard", "agnews", " science  or technology.", "Science or Technology", 100),
+    ("cl-standard", "agnews", "Sports\nDataset:agnews\nAnswer: World", "World", 100),
+    ("cl-standard", "agnews", "World\nDataset:agnews\nAnswer: Sports", "World", 0),
+    ("cl-long", "mnli", "entailment neutral", "entailment", 0),
+    ("trace", "C-STANCE", "A", "A", 100),
+    ("trace", "C-STANCE", " A", "A", 0),
+    ("trace", "NumGLUE-cm", "12.", "12", 0),
+    ("trace", "ScienceQA", "B\nSo it is.", "B\nWax melts.", 100),
+    ("trace", "ScienceQA", "", "B\nWax melts.", 0),
+    ("general", "gsm8k", " 7 x 6.\n#### 1,042\nQuestion: of 3?", " 1000 + 42\n#### 1042", 100),
+    ("general", "bbh", " 1 - 5 = -4. So the answer is -4.\n\nQ: 2 + 3\nA: the answer is 5.", " -4", 100),
+    ("general", "bbh", " So the answer is 4.", " -4", 0),
+    ("general", "bbh", " So the answer is ] ).", " ] ) }", 0),
+    ("general", "bbh", " So the answer is (A).\n\nThat was easy.", " (A)", 100),
+    ("general", "tydiqa", " In 1931\nQuestion: why?", " 1931", 200 / 3),
+]
+
+
+@pytest.mark.parametrize(("name", "task", "written", "reference", "score"), ANSWERS)
+def test_a_written_answer_is_scored_as_the_protocol_says(
+    name: str, task: str, written: str, reference: str, score: float
+) -> None:
+    scored = next(one for one in scored_of(find_stream(name)) if one.name == task)
+    assert METRICS[scored.metric](Answer(trimmed(written, scored), reference)) == pytest.approx(score)
+
+
 @pytest.mark.parametrize("name", STREAMS)
 def test_golden_rows_cover_every_task_and_metrics_exist(name: str) -> None:
     stream = find_stream(name)
@@ -134,6 +162,17 @@ def test_published_figures_name_their_source(name: str) -> None:
         orders = list(row.get("orders", {}).values())
         if len(orders) == len(stream.orders) > 1 and "the mean of its orders is" not in row["caveat"]:
             assert sum(orders) / len(orders) == pytest.approx(row["metrics"]["average_accuracy"], abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["cl-standard", "cl-long", "trace"])
+def test_the_protocol_counts_the_rows_of_every_task(name: str) -> None:
+    rows = json.loads((folder(name) / "protocol.json").read_text(encoding="utf-8"))["rows"]
+    assert set(rows) == {task.name for task in find_stream(name).tasks}
+    for task in find_stream(name).tasks:
+        if task.hub and task.hub.train_rows:
+            assert rows[task.name]["train"] == task.hub.train_rows
+        if task.hub and task.hub.test_rows:
+            assert rows[task.name]["test"] == task.hub.test_rows
 
 
 def test_the_anchors_of_the_method_are_there() -> None:

@@ -234,6 +234,7 @@ class TestHub:
         assert tokenizer.decode(row.prompt_ids[1:]).endswith("Option: Tea, Coffee \nText: {validation} 1\n\nAnswer:")
         assert row.answer == "Coffee"
         assert rows.summary["path"] == f"{hub}[validation]"
+        assert rows.summary["from_hub"] is True
         assert rows.summary["notices"][0].endswith(f"test.json: rows of the hub's data set {hub}")
 
     def test_a_draw_is_the_same_in_every_run(self, stream: Any, tokenizer: Any, hub: Path) -> None:
@@ -244,7 +245,8 @@ class TestHub:
         assert first.sha256 == second.sha256
 
     def test_a_file_comes_first(self, stream: Any, tokenizer: Any, hub: Path) -> None:
-        assert len(load(stream(TEA, hub=self.source(hub)), tokenizer)) == 12
+        rows = load(stream(TEA, hub=self.source(hub)), tokenizer)
+        assert (len(rows), rows.summary["from_hub"]) == (12, False)
 
     def test_a_missing_file_names_the_way_to_get_it(self, stream: Any, tokenizer: Any) -> None:
         message = (

@@ -10,8 +10,9 @@ import pytest
 
 from lorica.errors import LoricaError
 from lorica.report import write_report
+from lorica.report.departures import BENCHMARKS, departures, read_protocol
 from lorica.report.parts import Section
-from lorica.report.published import BENCHMARKS, departures, published_rows, published_section
+from lorica.report.published import published_rows, published_section
 from lorica.report.records import RunRecord
 from lorica.report.replicates import replicates
 from tests.report.test_comparison import ORDERS, cell
@@ -25,12 +26,15 @@ ROWS = [
      "metrics": {"average_accuracy": 80.0, "backward_transfer": -7.1}, "tasks": {"a": 79.0}},
 ]  # fmt: skip
 
+PROTOCOL = {"rows": {"a": {"train": 50, "test": 9}}, "beside": "Ours are written by hand."}
+
 
 @pytest.fixture
 def benchmarks(tmp_path: Path) -> Path:
     folder = tmp_path / "benchmarks" / "letters"
     folder.mkdir(parents=True)
     (folder / "published.json").write_text(json.dumps(ROWS), encoding="utf-8")
+    (folder / "protocol.json").write_text(json.dumps(PROTOCOL), encoding="utf-8")
     return tmp_path / "benchmarks"
 
 
@@ -44,7 +48,7 @@ def section(folder: Path, orders: str = "12", **changes: Any) -> Section:
 def verdicts(found: Section) -> dict[str, str]:
     assert found.table is not None
     place = found.table.header.index("like for like")
-    tables = [found.table, *(table for _, table in found.details if "like for like" in table.header)]
+    tables = [found.table, *(table for _, table in found.details if "source" in table.header)]
     return {row[0]: row[place] for table in tables for row in table.rows}
 
 
@@ -64,6 +68,11 @@ def test_like_for_like_needs_everything_to_match(benchmarks: Path) -> None:
         ({"config": {"run": {"max_train_rows": 9}}}, "at most 9 training rows of each task"),
         ({"config": {"run": {"max_test_rows": 9}}}, "at most 9 scored rows of each task"),
         ({"config": {"run": {"training": {"max_steps": 5}}}}, "training settings of our own: max_steps 5"),
+        ({"config": {"settings": {"training": {"max_steps": 6}}}}, "training settings of our own: max_steps 6"),
+        ({"config": {"run": {"stream": "mine/letters.yaml"}}}, "a stream file of our own"),
+        ({"data": {"a": {"train": {"rows_read": 40}}}}, "40 train rows instead of 50 in a"),
+        ({"data": {"b": {"test": {"from_hub": True}}}}, "rows of the hub, not the benchmark's own: b"),
+        ({"data": {"b": {"test": {"loss": "class"}}}}, "a classification head in place of written answers"),
     ],
 )
 def test_every_departure_is_a_reason(change: dict[str, Any], reason: str, benchmarks: Path) -> None:
@@ -72,6 +81,37 @@ def test_every_departure_is_a_reason(change: dict[str, Any], reason: str, benchm
     told = verdicts(found)
     assert told["ours: OSFT, tiny"] == "no: see above"
     assert told["SeqFT, Tiny"] == "no: ours differs, see above"
+
+
+def test_a_run_of_the_benchmark_s_own_rows_is_no_departure(benchmarks: Path) -> None:
+    data = {"a": {"train": {"rows_read": 50, "from_hub": False}, "test": {"rows_read": 9}}, "c": {"test": {}}}
+    found = section(benchmarks, data=data, config={"run": {"stream": "letters", "training": {}}, "settings": {}})
+    assert verdicts(found)["ours: OSFT, tiny"] == "yes"
+    assert found.intro.startswith("Like for like: ")
+    assert found.intro.endswith("constraints. Ours are written by hand."), "what differs anyway is always said"
+
+
+@pytest.mark.parametrize(
+    ("fact", "reason"),
+    [("needs_old_data", "keeps rows of past tasks"), ("needs_task_id", "is told which task a row belongs to")],
+)
+def test_ours_is_asked_what_theirs_is_asked(fact: str, reason: str, benchmarks: Path) -> None:
+    assert verdicts(section(benchmarks, facts={fact: True}))["ours: OSFT, tiny"] == f"no: {reason}"
+
+
+def test_a_caveat_does_not_hide_that_ours_differs(benchmarks: Path) -> None:
+    rows = [ROWS[0] | {"caveat": "a note"}, ROWS[1]]
+    (benchmarks / "letters" / "published.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert verdicts(section(benchmarks))["SeqFT, Tiny"] == "yes: a note"
+    told = verdicts(section(benchmarks, left_out=["c"]))
+    assert told["SeqFT, Tiny"] == "no: ours differs, see above; a note"
+    assert told["Replay, Tiny"] == "no: keeps rows of past tasks"
+
+
+def test_every_method_has_to_have_run_in_every_order(benchmarks: Path) -> None:
+    cells = [RunRecord.model_validate(cell("osft", order, 0, (80, 90, 60))) for order in "12"]
+    cells.append(RunRecord.model_validate(cell("seqft", "1", 0, (80, 90, 60))))
+    assert departures(replicates(cells), ["1", "2"]) == ["not in order 2"]
 
 
 def test_an_order_that_did_not_run_is_a_reason(benchmarks: Path) -> None:
@@ -85,7 +125,9 @@ def test_an_order_that_did_not_run_is_a_reason(benchmarks: Path) -> None:
 def test_rows_of_other_models_are_folded(benchmarks: Path) -> None:
     details = dict(section(benchmarks).details)
     assert [row[0] for row in details["1 results of other models"].rows] == ["OSFT, Huge-7B"]
-    assert details["Task by task"].rows == [["ours: OSFT", "75.0", "75.0"], ["OSFT, Huge-7B", "79.0", "-"]]
+    assert details["Task by task"].rows == [
+        ["ours: OSFT", "75.0", "75.0", "yes"], ["OSFT, Huge-7B", "79.0", "-", "no: another model"],
+    ]  # fmt: skip
     assert [row[0] for row in section(benchmarks, model="other").table.rows] == [  # type: ignore[union-attr]
         "ours: OSFT, other", "OSFT, Huge-7B",
     ], "of no row of our model, the model with most of our methods"  # fmt: skip
@@ -108,13 +150,38 @@ def test_the_files_that_come_with_lorica_are_read() -> None:
         assert all(row.source and row.model and (row.metrics or row.orders or row.tasks) for row in rows), name
 
 
+def test_a_protocol_that_is_none_names_its_file(benchmarks: Path) -> None:
+    assert read_protocol("others", benchmarks).rows == {}
+    (benchmarks / "letters" / "protocol.json").write_text('{"rows": 1}')
+    with pytest.raises(LoricaError, match=r"protocol\.json: not a protocol"):
+        read_protocol("letters", benchmarks)
+
+
+@pytest.mark.parametrize(("name", "tasks", "scored"), [("cl-standard", 4, 30400), ("cl-long", 15, 70861)])
+def test_the_protocols_have_the_rows_of_the_benchmarks(name: str, tasks: int, scored: int) -> None:
+    rows = read_protocol(name).rows
+    assert len(rows) == tasks
+    assert sum(parts["test"] for parts in rows.values()) == scored
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "model"),
+    [("trace", "OSFT", "LLaMA-2-7B-Chat"), ("trace", "LoRASeqFT", "LLaMA-2-7B-Chat"),
+     ("cl-standard", "OSFT", "T5-large"), ("cl-long", "OSFT", "T5-large")],
+)  # fmt: skip
+def test_figures_of_another_protocol_are_marked_so(name: str, label: str, model: str) -> None:
+    (row,) = [row for row in published_rows(name) if (row.label, row.model) == (label, model)]
+    assert not row.like_for_like
+    assert row.caveat
+
+
 def test_general_abilities_stand_beside_those_after_the_same_stream(tmp_path: Path) -> None:
     record = cell(
         "osft", "1", 0, (80, 90, 60), stream="trace", tasks=ORDERS["1"], retention={"mmlu": [46.0, 45.0, 44.0]}
     )
     write_report([record], tmp_path)
     found = (tmp_path / "report.md").read_text().split("## General ability beside published figures")[1].split("## ")[0]
-    assert "| ours: OSFT | 44.0 | - | - | - | - | - | -2.0 |" in found
+    assert "| ours: OSFT | 44.0 | - | - | - | - | - | -2.0 | mean change over mmlu alone |" in found
     assert "| SeqFT | 46.4 | 3.5 | 30.1 | 33.2 | 77.9 | 76.5 | -2.6 |" in found, "every column"
     write_report([record | {"stream": "another"}], tmp_path)
     assert "General ability beside" not in (tmp_path / "report.md").read_text()

@@ -38,7 +38,7 @@ def load_rows(
     limit: int | None = None,
     seed: int = 0,
 ) -> EncodedDataset:
-    """Return the rows of a task or an ability, ready for a model.
+    """Return the rows of a task or an ability, ready for a model; ``summary["from_hub"]``: there was no file of them.
 
     Args:
         part: "train" or "test".
@@ -56,10 +56,12 @@ def load_rows(
         if kind == "classifier" and not scored.choices:
             raise LoricaError("give choices: a classifier needs to know its classes.")
         report = _report(stream, scored, part, len(tokenizer), kind == "seq2seq")
-        return _encoded(report, scored, tokenizer, kind, max_length, labels, limit, seed)
+        rows = _encoded(report, scored, tokenizer, kind, max_length, labels, limit, seed)
     except LoricaError as error:
         what = "task" if isinstance(scored, Task) else "ability"
         raise LoricaError(f"stream {stream.name!r}, {what} {scored.name!r}: {error}") from error
+    rows.summary["from_hub"] = isinstance(report.source, HubRows)
+    return rows
 
 
 def _report(stream: TaskStream, scored: Scored, part: str, vocab_size: int, seq2seq: bool) -> Report:

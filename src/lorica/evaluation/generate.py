@@ -138,7 +138,9 @@ def _generate(model: Any, rows: list[list[int]], settings: GenerationConfig) -> 
 
 def _read(tokenizer: Any, ids: list[int], ends: list[int]) -> Written:
     length = next((position for position, token in enumerate(ids) if token in ends), None)
-    return Written(tokenizer.decode(ids[:length], skip_special_tokens=True), length is not None)
+    # "Cleaning up" would delete blanks before punctuation that the model wrote.
+    text = tokenizer.decode(ids[:length], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Written(text, length is not None)
 
 
 def _padded(rows: Sequence[list[int]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:

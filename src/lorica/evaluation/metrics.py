@@ -33,7 +33,7 @@ METRICS: Registry[Metric] = Registry("metric")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LITERAL = re.compile(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", re.DOTALL)
-_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![\w.])\.[0-9]+)")
 
 
 def checked(name: str) -> Metric:
@@ -46,17 +46,6 @@ def checked(name: str) -> Metric:
     return METRICS[name]
 
 
-def source_of(prompt: str, head: str, tail: str) -> str:
-    """Return what a prompt holds between its instruction and its cue.
-
-    Raises:
-        LoricaError: the prompt does not start with ``head`` or does not end with ``tail``.
-    """
-    if len(prompt) < len(head) + len(tail) or not (prompt.startswith(head) and prompt.endswith(tail)):
-        raise LoricaError(f"a prompt should start with {head!r} and end with {tail!r}; it starts with {prompt[:60]!r}.")
-    return prompt[len(head) : len(prompt) - len(tail)]
-
-
 def normalise_answer(text: str) -> str:
     """Return a text lower-case, without ASCII punctuation, with single blanks between words."""
     return " ".join(text.lower().translate(_PUNCTUATION).split())
@@ -64,8 +53,13 @@ def normalise_answer(text: str) -> str:
 
 @METRICS.register("exact_match")
 def exact_match(answer: Answer) -> float:
-    """Equal after `normalise_answer`. Source: O-LoRA, src/compute_metrics.py."""
-    return _percent(normalise_answer(answer.prediction) == normalise_answer(answer.reference))
+    """Equal after `normalise_answer`. Source: O-LoRA, src/compute_metrics.py.
+
+    A reference of which that leaves nothing ("+", "?") has to be met as it is written, blanks at both ends aside;
+    else every answer of punctuation would be right. Signs and decimal points are punctuation too: "-4" equals "4".
+    """
+    reference = normalise_answer(answer.reference)
+    return _percent(normalise_answer(answer.prediction) == reference) if reference else stripped_string(answer)
 
 
 @METRICS.register("exact_string")
@@ -78,6 +72,16 @@ def exact_string(answer: Answer) -> float:
 def stripped_string(answer: Answer) -> float:
     """Equal, blanks at both ends aside; to be reported beside `exact_string`."""
     return _percent(answer.prediction.strip() == answer.reference.strip())
+
+
+@METRICS.register("first_line")
+def first_line(answer: Answer) -> float:
+    """The first line that is not blank equals the reference, a full stop at its end and blanks around it aside.
+
+    Signs, brackets and case count: BIG-Bench Hard asks for "-4", "(A)" and "] )". Source: Suzgun et al. 2022.
+    """
+    line = answer.prediction.strip().partition("\n")[0]
+    return _percent(line.strip().removesuffix(".").rstrip() == answer.reference.strip())
 
 
 @METRICS.register("first_letter")

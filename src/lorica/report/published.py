@@ -11,13 +11,12 @@ from pathlib import Path
 from pydantic import Field, TypeAdapter, ValidationError
 
 from lorica.errors import LoricaError
-from lorica.report.notices import left_out, limits_told
-from lorica.report.parts import Section, flat
+from lorica.report.departures import BENCHMARKS, Protocol, benchmark_file, departures, read_protocol
+from lorica.report.parts import Section
 from lorica.report.records import RunRecord, Values, _Part
 from lorica.report.replicates import Measure, MethodRuns, at_end, held_out_change, transfer
 from lorica.report.tables import MISSING, Table, listed, percent, points
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FILE_NAME = "published.json"
 GENERAL, AFTER = "general", "trace"
 """The benchmark of general abilities, and the stream after which its published figures were measured."""
@@ -55,8 +54,8 @@ def published_rows(stream: str, folder: Path = BENCHMARKS) -> list[Row]:
     Raises:
         LoricaError: the file is not what it should be.
     """
-    found = next((child / FILE_NAME for child in sorted(folder.iterdir()) if child.name == stream), None)
-    if found is None or not found.is_file():
+    found = benchmark_file(stream, FILE_NAME, folder)
+    if found is None:
         return []
     try:
         return TypeAdapter(list[Row]).validate_python(json.loads(found.read_text(encoding="utf-8")))
@@ -73,7 +72,8 @@ def published_section(methods: Sequence[MethodRuns], folder: Path = BENCHMARKS) 
     if not rows:
         return None
     orders = list(dict.fromkeys(order for row in rows for order in row.orders))
-    ours = departures(methods, orders)
+    protocol = read_protocol(methods[0].record.stream, folder)
+    ours = departures(methods, orders, protocol)
     model = _nearest_model(rows, methods)
     near = [_their_row(row, orders, methods, ours) for row in rows if row.model == model]
     far = [_their_row(row, orders, methods, ours) for row in rows if row.model != model]
@@ -83,8 +83,8 @@ def published_section(methods: Sequence[MethodRuns], folder: Path = BENCHMARKS) 
     table = Table(header, [*(_our_row(one, orders, ours) for one in methods), *near], words=words)
     details = [(f"{len(far)} results of other models", Table(header, far, words=words))] if far else []
     if any(row.tasks for row in rows):
-        details.append(("Task by task", _task_table(methods, rows)))
-    return Section("Beside published figures", _intro(ours), table=table, details=details)
+        details.append(("Task by task", _task_table(methods, rows, ours)))
+    return Section("Beside published figures", _intro(ours, protocol), table=table, details=details)
 
 
 def abilities_beside_section(methods: Sequence[MethodRuns], folder: Path = BENCHMARKS) -> Section | None:
@@ -99,7 +99,7 @@ def abilities_beside_section(methods: Sequence[MethodRuns], folder: Path = BENCH
             f"ours: {one.label}",
             *(one.told(_after(name)) for name in names),
             one.told(held_out_change, "+"),
-            MISSING,
+            _change_over(one, names),
             "ours",
         ]
         for one in methods
@@ -115,42 +115,43 @@ def abilities_beside_section(methods: Sequence[MethodRuns], folder: Path = BENCH
     return Section("General ability beside published figures", intro, table=table)
 
 
-def departures(methods: Sequence[MethodRuns], orders: Sequence[str] = ()) -> list[str]:
-    """Return where our runs depart from their benchmark, each in a few words; none of ours is like for like then."""
-    found = [f"without {listed(names)}"] if (names := left_out(methods)) else []
-    found += limits_told(methods)
-    changed = dict.fromkeys(told for one in methods for cell in one.cells if (told := _training(cell)))
-    found += [f"training settings of our own: {told}" for told in changed]
-    ran = {cell.order for one in methods for cell in one.cells}
-    if missing := [order for order in orders if order not in ran]:
-        found.append(f"not in order {listed(missing)}")
-    return found
-
-
-def _intro(ours: Sequence[str]) -> str:
+def _intro(ours: Sequence[str], protocol: Protocol) -> str:
+    told = "Like for like: the same model, all tasks and rows, under the benchmark's protocol and constraints."
     if ours:
-        return f"None of our rows is like for like with a published one: {'; '.join(ours)}."
-    return "Like for like: the same model, all tasks and rows, under the benchmark's protocol and constraints."
+        told = f"None of our rows is like for like with a published one: {'; '.join(ours)}."
+    return f"{told} {protocol.beside}".strip()
 
 
 def _our_row(one: MethodRuns, orders: Sequence[str], ours: Sequence[str]) -> list[str]:
     by_order = [_of_order(one, order) for order in orders]
     figures = [one.told(measure, "+" if name == "backward_transfer" else "") for name, (_, measure) in MEASURES.items()]
     label = f"ours: {one.label}" + (f", {one.record.model}" if one.record.model else "")
-    return [label, *by_order, *figures, "no: see above" if ours else "yes", "this run"]
+    return [label, *by_order, *figures, _our_verdict(one, ours), "this run"]
+
+
+def _our_verdict(one: MethodRuns, ours: Sequence[str]) -> str:
+    """Return whether our row plays by the benchmark's rules, asked of it as of the published ones."""
+    facts = one.record.facts
+    needs = ["keeps rows of past tasks"] if facts and facts.needs_old_data else []
+    needs += ["is told which task a row belongs to"] if facts and facts.needs_task_id else []
+    reasons = [*needs, *(["see above"] if ours else [])]
+    return f"no: {'; '.join(reasons)}" if reasons else "yes"
 
 
 def _their_row(row: Row, orders: Sequence[str], methods: Sequence[MethodRuns], ours: Sequence[str]) -> list[str]:
     by_order = [percent(row.orders.get(order)) for order in orders]
     figures = [percent(row.metrics.get("average_accuracy")), points(row.metrics.get("backward_transfer"))]
-    same, notes = _same_model(row, methods), [row.caveat] if row.caveat else []
-    alike = row.like_for_like and same and not ours
-    if not same:
-        notes.insert(0, "another model")
-    elif not alike and not notes:
-        notes = ["ours differs, see above" if ours else "another protocol"]
-    told = ": ".join(["yes" if alike else "no", *(["; ".join(notes)] if notes else [])])
-    return [f"{row.label}, {row.model}", *by_order, *figures, told, row.source]
+    return [f"{row.label}, {row.model}", *by_order, *figures, _their_verdict(row, methods, ours), row.source]
+
+
+def _their_verdict(row: Row, methods: Sequence[MethodRuns], ours: Sequence[str]) -> str:
+    notes = [] if (same := _same_model(row, methods)) else ["another model"]
+    if same and row.like_for_like and ours:
+        notes.append("ours differs, see above")
+    notes += [row.caveat] if row.caveat else []
+    if row.like_for_like and same and not ours:
+        return ": ".join(["yes", *notes])
+    return f"no: {'; '.join(notes or ['another protocol'])}"
 
 
 def _nearest_model(rows: Sequence[Row], methods: Sequence[MethodRuns]) -> str:
@@ -161,24 +162,23 @@ def _nearest_model(rows: Sequence[Row], methods: Sequence[MethodRuns]) -> str:
     return same or counts.most_common(1)[0][0]
 
 
-def _task_table(methods: Sequence[MethodRuns], rows: Sequence[Row]) -> Table:
+def _task_table(methods: Sequence[MethodRuns], rows: Sequence[Row], ours: Sequence[str]) -> Table:
     tasks = methods[0].record.tasks
-    body = [[f"ours: {one.label}", *(one.told(_score(task)) for task in tasks)] for one in methods]
-    body += [
-        [f"{row.label}, {row.model}", *(percent(row.tasks.get(task)) for task in tasks)] for row in rows if row.tasks
+    body = [
+        [f"ours: {one.label}", *(one.told(_score(task)) for task in tasks), _our_verdict(one, ours)] for one in methods
     ]
-    return Table(["at the end, percent", *tasks], body)
+    body += [
+        [f"{row.label}, {row.model}", *(percent(row.tasks.get(task)) for task in tasks),
+         _their_verdict(row, methods, ours)]
+        for row in rows
+        if row.tasks
+    ]  # fmt: skip
+    return Table(["at the end, percent", *tasks, "like for like"], body, words=(len(tasks) + 1,))
 
 
 def _of_order(one: MethodRuns, order: str) -> str:
     cells = tuple(one.of_order(order))
     return MethodRuns(one.label, one.name, one.index, cells).told(at_end) if cells else MISSING
-
-
-def _training(cell: RunRecord) -> str:
-    run = cell.config.get("run")
-    training = run.get("training") if isinstance(run, dict) else None
-    return flat(training) if isinstance(training, dict) and training else ""
 
 
 def _same_model(row: Row, methods: Sequence[MethodRuns]) -> bool:
@@ -188,6 +188,12 @@ def _same_model(row: Row, methods: Sequence[MethodRuns]) -> bool:
 def _plain(model: str) -> str:
     """Return a model's name without what its copies write differently: case, dashes, a final ``hf``."""
     return re.sub(r"[^a-z0-9.]", "", model.lower()).removesuffix("hf")
+
+
+def _change_over(one: MethodRuns, names: Sequence[str]) -> str:
+    """Return over which abilities our mean change is, where they are not those of the published ones."""
+    held = list(one.record.retention)
+    return MISSING if set(held) == set(names) else f"mean change over {listed(held)} alone"
 
 
 def _after(name: str) -> Measure:
