@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 from lorica import cli
 from lorica.commands.options import normalised
 from lorica.config import UpdateConfig
-from lorica.experiments.config import RunConfig
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 
 Run = Callable[..., tuple[int, str, str]]

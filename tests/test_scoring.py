@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 import lorica
+import lorica.evaluation.scorer
 from lorica.config import validated
 from lorica.errors import LoricaError
-from lorica.scoring import evaluate_model
+from lorica.scoring import _is_ours, evaluate_model
 from lorica.scoring_options import EvalOptions
 from tests.experiments.conftest import Write, write  # noqa: F401
 from tests.training.conftest import llama_folder, rows  # noqa: F401
@@ -51,11 +53,47 @@ def test_other_metrics_and_fewer_rows(llama_folder: Path, rows: Rows) -> None:
     assert record["scores"]["a"]["rows"] == 5
 
 
+def test_files_of_one_stem_and_parts_of_streams(llama_folder: Path, rows: Rows, write: Write, tmp_path: Path) -> None:
+    one = rows("one", count=4)
+    (tmp_path / "other").mkdir()
+    other = str(shutil.copy(one, tmp_path / "other" / "one.jsonl"))
+    stream = write()
+    options: dict[str, Any] = {"only": ["known"], "max_new_tokens": 1}
+    record, _ = scores_of(llama_folder, one, other, stream.path("stream.yaml"), **options)
+    assert set(record["scores"]) == {one, other, "letters/known"}
+
+
+def test_a_prediction_may_be_as_long_as_any_answer(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were each cut at the length of its own answer, a metric of overlap would reward what the model does not know."""
+    file = tmp_path / "two.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "seven.."}\n')
+    write, seen = lorica.evaluation.scorer.greedy_answers, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        seen.append(options["max_new_tokens"])
+        return write(*args, **options)
+
+    monkeypatch.setattr(lorica.evaluation.scorer, "greedy_answers", watched)
+    scores_of(llama_folder, file)
+    assert seen == [len("seven..") + 1]
+
+
+def test_whose_yaml_a_file_is(tmp_path: Path) -> None:
+    for name, text in {"ours": "name: x\ndescription: 'task: this'\ntasks: []\n", "theirs": "task: x\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    assert _is_ours(str(tmp_path / "ours.yaml"))
+    assert not _is_ours(str(tmp_path / "theirs.yaml"))
+
+
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
         (["no.jsonl"], {}, r"ability 'no': no file .*no\.jsonl"),
         (["no.yaml"], {}, r"no\.yaml: cannot read the stream"),
+        (["{rows}", "{rows}"], {}, r"--tasks names 'a' twice"),
+        (["generall"], {}, r"generall.*lorica\[lm-eval\]|lm-eval has no task 'generall'"),
         (["general"], {"only": ["piqua"]}, r"has no task 'piqua'.*Did you mean 'piqa'"),
         (["{rows}"], {"metric": "exact"}, r"unknown metric 'exact'"),
         (

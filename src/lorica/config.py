@@ -230,16 +230,24 @@ def build_config(values: dict[str, Any]) -> UpdateConfig:
     Raises:
         LoricaError: a required field is missing or a value is unusable.
     """
-    nested = values.get("training") or {}
-    if not isinstance(nested, dict):
-        raise LoricaError("'training' holds names and values of TrainingArguments; give each under its own name")
-    training = dict(nested)
-    training |= {key: value for key, value in values.items() if key not in UpdateConfig.model_fields}
-    own = {key: value for key, value in values.items() if key in UpdateConfig.model_fields}
+    own, training = split_training(values, UpdateConfig)
     try:
         return UpdateConfig.model_validate(own | {"training": training})
     except ValidationError as error:
         raise LoricaError(explain(error)) from error
+
+
+def split_training(values: dict[str, Any], kind: type[BaseModel]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values that are fields of a configuration, and all others with those under ``training``.
+
+    Raises:
+        LoricaError: ``training`` holds something else than names and values.
+    """
+    nested = values.get("training") or {}
+    if not isinstance(nested, dict):
+        raise LoricaError("'training' holds names and values of TrainingArguments; give each under its own name")
+    own = {key: value for key, value in values.items() if key in kind.model_fields and key != "training"}
+    return own, nested | {key: value for key, value in values.items() if key not in kind.model_fields}
 
 
 def validated(kind: type[Model], values: dict[str, Any]) -> Model:

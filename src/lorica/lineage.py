@@ -1,4 +1,4 @@
-"""From update to update: what an update's parent was, what its method remembers, and what happens if too much is lost."""
+"""From update to update: whose child a model is, what its method remembers, and what happens if it forgot too much."""
 
 from __future__ import annotations
 

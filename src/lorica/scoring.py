@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
 from lorica.evaluation.metrics import checked
 from lorica.evaluation.scorer import check_answers, score_task
+from lorica.experiments.abilities import check_harness
 from lorica.lineage import weights_sha256
 from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
 from lorica.scoring_options import EvalOptions
@@ -45,7 +47,10 @@ class Evaluation:
         self.model_config = read_model_config(name, trust_remote_code=trust, **more)
         self.kind = "seq2seq" if self.model_config.is_encoder_decoder else "causal"
         self.harness = [task for task in options.tasks if not _is_ours(task)]
-        self.rows = [(stream, scored, self._rows(stream, scored)) for stream, scored in self._scored()]
+        check_harness(self.harness)
+        self.rows = {
+            name: (scored, self._rows(stream, scored)) for name, (stream, scored) in _named(self._scored()).items()
+        }
 
     def run(self) -> dict[str, Any]:
         """Score everything and return the record."""
@@ -55,8 +60,7 @@ class Evaluation:
             trust_remote_code=options.trust_remote_code, device=_device(),
         )  # fmt: skip
         scores = {}
-        for stream, scored, rows in self.rows:
-            name = f"{stream.name}/{scored.name}" if stream.name else scored.name
+        for name, (scored, rows) in self.rows.items():
             scores[name] = self._score(model, scored, rows)
             self.say(_line(name, scores[name]))
         record = {"schema": SCHEMA, "kind": "eval", "model": redacted(options.model_name_or_path), "scores": scores}
@@ -75,9 +79,12 @@ class Evaluation:
                 ability = Ability(name=Path(task).stem, test_file=task, metric=self.options.metric)
                 yield TaskStream(name="", version=1, description="", tasks=[], held_out=[ability]), ability
                 continue
-            stream = find_stream(task).within(self.options.data_dir).only(self.options.only)
+            stream = find_stream(task).within(self.options.data_dir)
+            wanted = self.options.only
+            stream.only(wanted)  # names that there are
             for scored in (*stream.in_order(None), *stream.held_out):
-                yield stream, scored
+                if not wanted or scored.name in wanted:
+                    yield stream, scored
 
     def _rows(self, stream: TaskStream, scored: Scored) -> Any:
         for metric in (scored.metric, *scored.metrics_beside):
@@ -120,10 +127,24 @@ class Evaluation:
         return weights_sha256(folder) if folder.is_dir() else None
 
 
+def _named(found: Iterable[tuple[TaskStream, Scored]]) -> dict[str, tuple[TaskStream, Scored]]:
+    """Name what is scored: STREAM/TASK, or a file's stem; its path where two share a stem."""
+    every = list(found)
+    names = [f"{stream.name}/{scored.name}" if stream.name else scored.name for stream, scored in every]
+    named = {
+        name if names.count(name) == 1 else scored.test_file: (stream, scored)
+        for name, (stream, scored) in zip(names, every, strict=True)
+    }
+    if len(named) < len(every):
+        raise LoricaError(f"--tasks names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return named
+
+
 def _is_ours(task: str) -> bool:
     path = Path(task)
     if path.suffix in (".yaml", ".yml"):
-        return "task:" not in path.read_text(encoding="utf-8") if path.is_file() else True
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        return re.search(r"^task:", text, re.MULTILINE) is None  # lm-eval's files have one; streams have tasks
     return task in catalogue() or path.suffix.lower() in READERS or path.is_dir()
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 from lorica.data.stream import TaskStream
-from lorica.errors import LoricaError
+from lorica.errors import Interrupted, LoricaError
 from tests.experiments.conftest import Write, llama_folder, run, t5_folder, write  # noqa: F401
+from tests.experiments.test_resume import check_same_files, stop_at
 from tests.training.conftest import byte_tokenizer
 
 PROMPT = "{sentence}, of {options}:"
@@ -58,6 +60,32 @@ def test_a_masked_language_model_becomes_a_classifier(
     model = BertForSequenceClassification.from_pretrained(tmp_path / "out" / "half" / "model")
     assert sorted(model.config.label2id, key=model.config.label2id.get) == ["Red", "Blue", "Big", "Small"]
     assert {record["scores"][0][0] for record in records} == {records[0]["scores"][0][0]}, "the same new head for all"
+
+
+@pytest.mark.parametrize("method", ["seqft", "per-task"])
+def test_a_stopped_classifier_goes_on_to_the_same_end(
+    method: str, labelled: TaskStream, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"methods": method, "learning_rates": 3e-3, "max_steps": 4, "seeds": 5}
+    options["save_models"] = True
+    run(labelled, bert_folder, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Interrupted):
+            run(labelled, bert_folder, tmp_path / "parts", **options)
+    run(labelled, bert_folder, tmp_path / "parts", **options)
+    check_same_files(tmp_path / "whole" / method, tmp_path / "parts" / method)
+
+
+def test_every_task_of_its_own_model_starts_from_the_same_head(
+    labelled: TaskStream, bert_folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"methods": "per-task", "learning_rates": 1e-12, "max_steps": 1, "save_models": True}
+    heads = []
+    for seed, tasks in enumerate((["colour"], ["colour", "size"])):
+        run(labelled, bert_folder, tmp_path / str(seed), tasks=tasks, **options)
+        heads.append(load_file(tmp_path / str(seed) / "per-task" / "model" / "model.safetensors")["classifier.weight"])
+    torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import lorica.experiments.setup
 from lorica.errors import LoricaError
 from lorica.experiments.abilities import FromFile, FromHarness, named_ability
 from tests.experiments.conftest import Write, llama_folder, run, write  # noqa: F401
@@ -30,11 +33,31 @@ def test_names_from_outside() -> None:
     assert named_ability("arc_easy", None, 7) == [FromHarness("arc_easy", 7)]
 
 
+def test_a_task_of_the_harness_is_scored_and_told_apart(
+    write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FromHarness, "score", lambda *_: 40.0)
+    monkeypatch.setattr(lorica.experiments.setup, "check_harness", lambda _: None)
+    options: dict[str, Any] = {"methods": "seqft", "max_steps": 1}
+    (record,), _ = run(write(), llama_folder, tmp_path / "out", held_out="arc_easy", **options)
+    assert record["retention"]["arc_easy"] == [40.0, 40.0, 40.0]
+    answers = [json.loads(line) for line in (tmp_path / "out" / "seqft" / "predictions.jsonl").read_text().splitlines()]
+    assert {answer["task"] for answer in answers} == {"first", "second", "known"}
+    with pytest.raises(LoricaError, match="was begun with held out "):
+        run(write(), llama_folder, tmp_path / "out", **options)
+
+
+def test_a_task_that_the_harness_does_not_have_shows_at_once(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoricaError, match=r"arc_eesy.*(Did you mean 'arc_easy'|lorica\[lm-eval\])"):
+        run(write(), llama_folder, tmp_path / "out", methods="seqft", held_out="arc_eesy")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("held_out", "message"),
     [
         ("cl-standard", r"--held_out cl-standard: stream 'cl-standard' has no held-out abilities"),
-        ("general/piqua", r"has no task 'piqua'.*Did you mean 'piqa'"),
+        ("general/piqua", r"general has no ability 'piqua'.*Did you mean 'piqa'"),
         ("nothing.jsonl", r"ability 'nothing': no file nothing\.jsonl"),
         ("{stream}/known.test.jsonl", r"known\.test"),
     ],

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import lorica.experiments.cell
+import lorica.experiments.story
 from lorica.errors import Interrupted, LoricaError
 from lorica.training.trainer import MethodTrainer
 from tests.experiments.conftest import Write, llama_folder, run, write  # noqa: F401
 
-LASTING = ("scores", "retention", "metrics", "row_scores", "carried_bytes", "leakage", "intervals")
+LASTING = (
+    "scores", "retention", "metrics", "row_scores", "carried_bytes", "leakage", "intervals", "model_parameters",
+)  # fmt: skip
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, tasks: int) -> None:
@@ -62,8 +66,38 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     for field in LASTING:
         assert json.dumps(resumed[field]) == json.dumps(whole[field]), field
     assert resumed["cost"]["steps"] == whole["cost"]["steps"] == 15
-    one, two = (load_file(tmp_path / part / method / "model" / "model.safetensors") for part in ("whole", "parts"))
+    check_same_files(tmp_path / "whole" / method, tmp_path / "parts" / method)
+
+
+def check_same_files(whole: Path, parts: Path) -> None:
+    """Both folders hold the same weights and the same answers."""
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (whole, parts))
     assert all(torch.equal(one[key], two[key]) for key in one)
+    answers = (whole / "predictions.jsonl").read_text()
+    assert (parts / "predictions.jsonl").read_text() == answers
+    assert len(answers.splitlines()) > 8
+
+
+@pytest.mark.parametrize("method", ["half", "per-task"])
+def test_a_run_that_could_not_write_its_end_ends_at_the_next_call(
+    method: str, write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"methods": method, "max_steps": 3, "learning_rates": 1e-2, "save_models": True}
+    (whole,), _ = run(write(), llama_folder, tmp_path / "whole", **options)
+
+    def full(*_: Any) -> None:
+        raise LoricaError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lorica.experiments.story, "save_model", full)
+        with pytest.raises(LoricaError, match="no space left"):
+            run(write(), llama_folder, tmp_path / "parts", **options)
+    monkeypatch.setattr(lorica.experiments.cell, "fit", None)
+    (resumed,), _ = run(write(), llama_folder, tmp_path / "parts", **options)
+    for field in LASTING:
+        assert json.dumps(resumed[field]) == json.dumps(whole[field]), field
+    check_same_files(tmp_path / "whole" / method, tmp_path / "parts" / method)
+    assert not list((tmp_path / "parts").rglob("stage-*/model"))
 
 
 def test_what_is_finished_is_not_done_again(
@@ -85,6 +119,31 @@ def test_a_folder_of_another_run_is_refused(write: Write, llama_folder: Path, tm
     Path(stream.path("second.train.jsonl")).write_text('{"prompt": "new", "completion": "row"}\n')
     with pytest.raises(LoricaError, match="was begun with rows of second"):
         run(stream, llama_folder, tmp_path / "out", methods="seqft", max_steps=2)
+
+
+def test_another_model_under_the_same_name_is_refused(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    run(write(), model, tmp_path / "out", methods="seqft", max_steps=2)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoricaError, match="was begun with sha256 of the model "):
+        run(write(), model, tmp_path / "out", methods="seqft", max_steps=2)
+
+
+def test_the_first_difference_is_named_where_it_is(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    stream = write()
+    run(stream, llama_folder, tmp_path / "out", methods="seqft", max_steps=2)
+    known = {"name": "known", "test_file": "known.test.jsonl", "metric": "token_f1"}
+    with pytest.raises(LoricaError, match=r'begun with held out\.1\.metric "exact_match", and it is now "token_f1"'):
+        run(write(held_out=[known]), llama_folder, tmp_path / "out", methods="seqft", max_steps=2)
+
+
+def test_where_nothing_is_finished_any_run_may_begin(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoricaError, match="cannot load the weights"):
+        run(write(), llama_folder, tmp_path / "out", methods="seqft", max_steps=2, dtype="float23")
+    (record,), _ = run(write(), llama_folder, tmp_path / "out", methods="seqft", max_steps=2)
+    assert record["cost"]["steps"] == 4
 
 
 def test_a_folder_with_other_things_is_left_alone(write: Write, llama_folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import lorica
 from lorica.data.stream import read_stream
 from lorica.errors import LoricaError
+from lorica.experiments.config import build_run_config
+from lorica.experiments.setup import Setup
 from lorica.report import read_record, write_report
 from lorica.scores import ScoreMatrix
 from tests.experiments.conftest import SETTINGS, Write, llama_folder, run, t5_folder, write  # noqa: F401
@@ -117,6 +119,33 @@ def test_replay_gets_no_more_steps_than_the_rest(write: Write, llama_folder: Pat
     assert 0 < records[1]["carried_bytes"][0] < records[1]["carried_bytes"][1]
 
 
+def test_what_is_said_later_about_the_length_holds(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    """The run's word counts more than the settings', theirs more than the task's, that more than the stream's."""
+    files = {"train_file": "first.train.jsonl", "test_file": "first.test.jsonl"}
+    stream = write(tasks=[{"name": "first", "num_train_epochs": 2} | files], methods={
+        "plain": SETTINGS["seqft"],
+        "own": SETTINGS["seqft"] | {"training": {"max_steps": 5, "weight_decay": 0.5}},
+    })  # fmt: skip
+
+    def length(name: str, **training: Any) -> tuple[float, float, float]:
+        given = {"stream": "x", "model_name_or_path": llama_folder, "output_dir": tmp_path}
+        a = Setup(build_run_config(given | training), stream).arguments("", 0, 1e-3, name=name, task=stream.tasks[0])
+        return a.max_steps, a.num_train_epochs, a.weight_decay
+
+    assert length("plain") == (-1, 2, 0)
+    assert length("own") == (5, 2, 0.5)
+    assert length("own", num_train_epochs=3) == (-1, 3, 0.5)
+    assert length("own", max_steps=7, weight_decay=0.1) == (7, 2, 0.1)
+
+
+def test_a_finished_run_gives_the_same_record_again(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    first, _ = run(write(), llama_folder, tmp_path / "out", methods="joint", max_steps=2)
+    again, told = run(write(), llama_folder, tmp_path / "out", methods="joint", max_steps=2, save_models=True)
+    assert again == first, "what was not measured is None in both"
+    assert first[0]["retention"]["known"][1] is None
+    assert any("was finished without --save_models; remove it" in line for line in told)
+
+
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "training": ({"training": {"learning_rat": 1}}, {}, r"method 'seqft': unknown option --learning_rat\. Did"),
     "key": (
@@ -159,6 +188,15 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rate": ({}, {"learning_rates": [-1]}, r"--learning_rates holds one that is not above 0"),
     "few rows": ({}, {"learning_rates": [1e-3, 1e-2], "validation_fraction": 0.01}, r"8 rows are too few to cut 0\.01"),
     "field": ({}, {"seed": 3}, r"--seed is set by"),
+    "kept by itself": ({}, {"save_steps": 3}, r"--save_steps has no effect in lorica run"),
+    "scored by itself": ({}, {"eval_strategy": "epoch"}, r"--eval_strategy has no effect in lorica run"),
+    "goes on by itself": ({}, {"resume_from_checkpoint": True}, r"--resume_from_checkpoint has no effect"),
+    "no batch": ({}, {"per_device_train_batch_size": 0}, r"--per_device_train_batch_size 0 is no number of rows"),
+    "tracker": ({}, {"report_to": "nobody"}, r"--report_to: "),
+    "below 0": ({}, {"seeds": [-1]}, r"--seeds\.0: .*greater than or equal to 0"),
+    "nan": ({}, {"learning_rates": [float("nan")]}, r"--learning_rates holds one that is not above 0"),
+    "not a mapping": ({}, {"training": "x"}, r"'training' holds names and values"),
+    "folder": ({"methods": {"../seqft": SETTINGS["seqft"]}}, {}, r"'\.\./seqft' cannot be the name of a folder"),
 }  # fmt: skip
 
 
@@ -178,6 +216,11 @@ def test_a_wrong_run_is_one_error_before_anything_runs(
         ("name: x\n", "field version: Field required"),
         ("name: [\n", "stream.yaml: not YAML"),
         ("name: x\nversion: 1\ndescription: d\ntasks: []\n", "field tasks|stream.yaml"),
+        (
+            "name: x\nversion: 1\ndescription: d\norders: {o: [a, a]}\n"
+            "tasks: [{name: a, train_file: b, test_file: c}]\n",
+            "order 'o' names a task twice: a, a",
+        ),
     ],
 )
 def test_a_file_that_is_no_stream(text: str, message: str, tmp_path: Path) -> None:

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 import lorica.experiments.cell
+from lorica.data.stream import TaskStream
+from lorica.errors import LoricaError
 from lorica.experiments.selection import choose_rate
+from lorica.report import read_record
 from tests.experiments.conftest import Write, llama_folder, run, write  # noqa: F401
 
 
@@ -52,6 +55,47 @@ def test_the_best_rate_is_chosen_without_a_test_row(
     assert all(file.endswith("train.jsonl") for files in scored_in_sweep for file in files)
     assert record["data"]["first"]["train"]["kept"] == 8, "the final run trains on all rows"
     assert not list((tmp_path / "out").rglob("memory.safetensors"))
+
+
+def three(write: Write) -> TaskStream:
+    files = (("one", "first"), ("two", "second"), ("three", "known"))
+    tasks = [{"name": n, "train_file": f"{f}.train.jsonl", "test_file": f"{f}.test.jsonl"} for n, f in files]
+    return write(tasks=tasks)
+
+
+@pytest.mark.parametrize("by", ["average_accuracy", "learning_accuracy"])
+def test_the_bounds_are_chosen_by_what_they_score(by: str, write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    options = {"learning_rates": [1e-7, 1e-2], "validation_fraction": 0.25, "max_steps": 12, "select_by": by}
+    records, _ = run(three(write), llama_folder, tmp_path / "out", methods=["per-task", "joint"], **options)
+    for record in records:
+        assert record["learning_rate"] == 1e-2, record["name"]
+        low, high = record["sweep"]["validation"].values()
+        assert low["average_accuracy"] < high["average_accuracy"]
+    assert [record["sweep"]["selected_by"] for record in records] == [by, "average_accuracy"]
+    assert records[0]["sweep"]["validation"]["0.01"]["average_accuracy"] == 100.0
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_stops_nothing(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    options = {"methods": "seqft", "learning_rates": [1e-3, 1e30], "validation_fraction": 0.25, "max_steps": 6}
+    (record,), told = run(write(), llama_folder, tmp_path / "out", **options)
+    assert record["learning_rate"] == 1e-3
+    failed = record["sweep"]["validation"]["1e+30"]
+    assert failed["average_accuracy"] is failed["learning_accuracy"] is None
+    assert "sequential fine-tuning, seed 0, task first: the loss is" in failed["diverged"]
+    assert told[-1].endswith("[done]")
+    assert read_record(tmp_path / "out" / "seqft" / "run.json")
+    again, _ = run(write(), llama_folder, tmp_path / "out", **options)
+    assert again == [record]
+
+
+def test_a_run_that_diverges_says_where(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoricaError, match=r"seed 0, task first: the loss is .*; lower its learning rate \(1e\+30"):
+        run(write(), llama_folder, tmp_path / "out", methods="seqft", learning_rates=1e30, max_steps=6)
+
+
+def test_no_rate_is_chosen_where_none_has_a_score() -> None:
+    with pytest.raises(LoricaError, match=r"failed with every learning rate of 0\.1 1; give lower --learning_rates"):
+        choose_rate({0.1: None, 1.0: None}, "average_accuracy")
 
 
 def test_no_row_is_both_trained_and_validated(write: Write, llama_folder: Path, tmp_path: Path) -> None:

@@ -235,6 +235,8 @@ class TaskStream(_Strict):
             for task in tasks:
                 if task not in trained:
                     raise ValueError(f"order {order!r} names task {task!r}.{did_you_mean(task, trained)}")
+            if len(set(tasks)) < len(tasks):
+                raise ValueError(f"order {order!r} names a task twice: {', '.join(tasks)}")
         return self
 
     def path(self, file: str) -> str:

@@ -57,7 +57,7 @@ def score_task(
     Args:
         dataset: the encoded rows; each has an answer.
         scored: the task's metric, scoring, choices and longest answer.
-        max_new_tokens: over what the task says.
+        max_new_tokens: over what the task says; where neither does, one more than the longest answer of the rows.
 
     Raises:
         LoricaError: a row without an answer.
@@ -102,11 +102,10 @@ def _written(
     progress: Progress | None,
 ) -> list[str]:  # fmt: skip
     codec = Codec(tokenizer)
-    lengths = [longest or answer_length(row, codec) + 1 for row in rows]
+    # The longest answer's length, not each row's own: where a prediction ends must not hang on the answer it is due.
+    length = longest or max(answer_length(row, codec) for row in rows) + 1
     prompts = [row.prompt_ids or [] for row in rows]
-    written = greedy_answers(
-        model, tokenizer, prompts, max_new_tokens=lengths, batch_size=batch_size, progress=progress
-    )
+    written = greedy_answers(model, tokenizer, prompts, max_new_tokens=length, batch_size=batch_size, progress=progress)
     return [trimmed(one.text, scored) for one in written]
 
 

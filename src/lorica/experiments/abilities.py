@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lorica.benchmarks import catalogue, find_stream
 from lorica.data.reader import READERS
 from lorica.data.stream import Ability, Scored, TaskStream
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class FromFile:
         """As it heads a column."""
         return self.scored.name
 
+    def settings(self) -> dict[str, Any]:
+        """Return everything but the rows on which a score depends, as plain data."""
+        return self.scored.model_dump(mode="json", exclude={"description", "test_file", "hub", "floor"})
+
 
 @dataclass(frozen=True)
 class FromHarness:
@@ -41,6 +46,10 @@ class FromHarness:
 
     name: str
     limit: int | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Return everything on which a score depends, as plain data."""
+        return asdict(self)
 
     def score(self, model: Any, tokenizer: Any, batch_size: int) -> float:
         """Return the score of a model, percent."""
@@ -57,20 +66,48 @@ HeldOut = FromFile | FromHarness
 
 
 def named_ability(name: str, data_dir: str | None, limit: int | None) -> list[HeldOut]:
-    """Return what a name stands for: a file of rows, a benchmark's or a YAML stream's abilities, an lm-eval task.
+    """Return what a name stands for: rows of a file or folder, a stream's or benchmark's abilities, an lm-eval task.
 
     Raises:
-        LoricaError: a stream without abilities, or one of them named behind a slash that it does not have.
+        LoricaError: a stream without abilities, or without the one named behind the slash.
     """
     path = Path(name).expanduser()
-    if path.suffix.lower() in READERS:
+    if path.suffix.lower() in READERS or (path.is_dir() and name not in catalogue()):
         ability = Ability(name=path.stem, test_file=str(path))
         return [FromFile(TaskStream(name=name, version=1, description="", tasks=[], held_out=[ability]), ability)]
     stream_name, _, one = name.partition("/")
     if stream_name not in catalogue() and path.suffix not in (".yaml", ".yml"):
         return [FromHarness(name, limit)]
     stream = find_stream(stream_name if stream_name in catalogue() else path).within(data_dir)
-    chosen = stream.only([one] if one and stream_name in catalogue() else [])
-    if not chosen.held_out:
-        raise LoricaError(f"--held_out {name}: stream {stream.name!r} has no held-out abilities")
-    return [FromFile(chosen, ability) for ability in chosen.held_out]
+    wanted = one if stream_name in catalogue() else ""
+    chosen = [ability for ability in stream.held_out if wanted in ("", ability.name)]
+    if not chosen:
+        known = [ability.name for ability in stream.held_out]
+        if not known:
+            raise LoricaError(f"--held_out {name}: stream {stream.name!r} has no held-out abilities")
+        hint = did_you_mean(wanted, known)
+        raise LoricaError(
+            f"--held_out {name}: {stream.name} has no ability {wanted!r}; it has {', '.join(known)}.{hint}"
+        )
+    return [FromFile(stream, ability) for ability in chosen]
+
+
+def check_harness(tasks: Sequence[str]) -> None:
+    """Refuse lm-eval tasks that do not exist, or all of them where lm-eval is not installed; loads no data.
+
+    Names that are files are left to the harness.
+    """
+    names = [task for task in tasks if Path(task).suffix not in (".yaml", ".yml")]
+    if not tasks:
+        return
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise LoricaError(
+            f"{', '.join(tasks)}: no file and no benchmark, and tasks of lm-evaluation-harness need it ({error}): "
+            "pip install 'lorica[lm-eval]'"
+        ) from None
+    from lorica.evaluation.harness import check_names
+
+    if names:
+        check_names(names, TaskManager().all_tasks)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from lorica.data.stream import Scored, Task
 from lorica.errors import Interrupted
 from lorica.evaluation.scorer import TaskScores, score_task
 from lorica.experiments.abilities import FromFile, FromHarness, HeldOut
+from lorica.experiments.arguments import planned_steps
 from lorica.experiments.clock import Clock
+from lorica.experiments.identity import Cell, identity
 from lorica.experiments.progress import Progress
 from lorica.experiments.setup import Setup
 from lorica.experiments.stages import Stage, claim, last_stage, write_stage
@@ -24,29 +25,10 @@ from lorica.memory import size_of
 from lorica.methods import Method, TaskData
 from lorica.record import Stopwatch
 from lorica.training.models import stock_configuration
-from lorica.training.trainer import fit
+from lorica.training.trainer import Diverged, fit
 
 Say = Callable[[str], None]
 Column = Task | HeldOut
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What tells one cell from the others.
-
-    Attributes:
-        method: name of the settings.
-        order: of the stream; None where it has none.
-        seed: of the order of the rows and of whatever is drawn.
-        learning_rate: before a task's own factor.
-        validates: train on a part of the training rows and score the rest, as the choice of the rate does.
-    """
-
-    method: str
-    order: str | None
-    seed: int
-    learning_rate: float
-    validates: bool = False
 
 
 class CellRun:
@@ -65,11 +47,10 @@ class CellRun:
         self.tasks = setup.stream.in_order(cell.order)
         self.method: Method
         self.model: Any = None
-        self.predictions: dict[str, TaskScores] = {}
 
     def run(self) -> Progress:
         """Go through the stages that are not done yet and return what was measured."""
-        claim(self.folder, self.identity())
+        claim(self.folder, identity(self.setup, self.cell))
         stage = last_stage(self.folder)
         if stage is not None:
             self.clock.skip(stage.number + 1)
@@ -78,40 +59,29 @@ class CellRun:
         progress = self._begin(stage)
         for index in range(progress.stages_done, len(self.tasks)):
             watch = Stopwatch()
-            self._learn(index, progress)
+            try:
+                self._learn(index, progress)
+            except Diverged as error:
+                if not self.cell.validates:
+                    raise
+                self._give_up(str(error), progress)  # the other rates of the grid are still to be tried
+                return progress
             self._score(index + 1, progress)
             progress.cost.seconds += watch.seconds
             self._keep(progress)
             self.tell(self._line(index + 1, progress))
         return progress
 
-    def identity(self) -> dict[str, Any]:
-        """Return everything on which the cell's scores depend, as plain data."""
-        setup = self.setup
-        rows = {f"rows of {task.name}": setup.rows.train(task.name).sha256 for task in self.tasks}
-        tests = {f"scored rows of {one.name}": setup.rows.test(one.name).sha256 for one in self.columns()
-                 if not isinstance(one, FromHarness)}  # fmt: skip
-        fields = ("model_name_or_path", "model_revision", "max_train_rows", "max_test_rows", "max_new_tokens")
-        chosen = {name: getattr(setup.config, name) for name in (*fields, "max_length", "dtype", "validation_fraction")}
-        return (
-            asdict(self.cell)
-            | chosen
-            | {"rows drawn by seed": setup.config.seeds[0], "tasks": [task.model_dump() for task in self.tasks]}
-            | {"stream": setup.stream.name, "version": setup.stream.version, "training": setup.training}
-            | {"settings": setup.settings[self.cell.method].model_dump()}
-            | rows
-            | tests
-        )
-
     def drop_model(self) -> None:
         """Remove the weights that only a stop would have needed; what was measured stays."""
         if (stage := last_stage(self.folder)) is not None:
             stage.drop_model()
 
-    @property
-    def parameters(self) -> int:
-        """Number of the model's parameters."""
-        return int(self.model.num_parameters())
+    def trained_model(self) -> Any:
+        """Return the model at the end of the stream; from disk where another process has trained it."""
+        if self.model is None and (stage := last_stage(self.folder)) is not None:
+            self.model, _ = self.setup.read_model(stage.model)
+        return self.model
 
     def data(self) -> dict[str, Any]:
         """Return counts, hashes and notices of the rows, for the record."""
@@ -127,22 +97,32 @@ class CellRun:
     # --- stages -----------------------------------------------------------------------------------------------
 
     def _begin(self, stage: Stage | None) -> Progress:
-        set_seed(self.setup.config.seeds[0])  # a classifier's new head is the same for every method and seed
         self.model, new = self.setup.read_model(stage.model if stage else None)
-        self.method = self.setup.build_method(self.cell.method, new)
+        progress = Progress.from_json(stage.progress()) if stage else self._unmeasured()
+        progress.parameters = int(self.model.num_parameters())
+        progress.new_parameters = progress.new_parameters or new  # a stage on disk has weights for all of them
+        self.method = self.setup.build_method(self.cell.method, progress.new_parameters)
         if stage is not None:
             self.method.load_state_dict(stage.memory())
-            return Progress.from_json(stage.progress())
-        progress = Progress.empty([task.name for task in self.tasks], [one.name for one in self.setup.held_out])
+            return progress
         self._score(0, progress)
         self._keep(progress)
         self.tell(self._line(0, progress))
         return progress
 
+    def _unmeasured(self) -> Progress:
+        return Progress.empty([task.name for task in self.tasks], [one.name for one in self.setup.held_out])
+
     def _keep(self, progress: Progress) -> None:
         done = progress.stages_done
-        base = done == 0 or self.method.restarts
+        base = done == 0 or (self.method.restarts and done < len(self.tasks))
         write_stage(self.folder, done, None if base else self.model, self.method.state_dict(), progress.to_json())
+
+    def _give_up(self, reason: str, progress: Progress) -> None:
+        self.clock.skip(len(self.tasks) - progress.stages_done - 1)
+        progress.give_up(reason, len(self.tasks))
+        write_stage(self.folder, len(self.tasks), None, {}, progress.to_json())
+        self.tell(reason)
 
     def _learn(self, index: int, progress: Progress) -> None:
         task, method = self.tasks[index], self.method
@@ -157,9 +137,10 @@ class CellRun:
             progress.waiting_steps += steps
             progress.carried_bytes.append(0)
             return
-        set_seed(self.cell.seed)  # whatever came before, a stage is the same when it is gone on with
         if method.restarts and index:
             self.model, _ = self.setup.read_model()
+        set_seed(self.cell.seed)  # whatever came before, a stage is the same when it is gone on with
+        self.model.eval()  # as a model comes from disk
         method.begin_task(self.model, data)
         arguments.max_steps = steps + progress.waiting_steps
         progress.waiting_steps = 0
@@ -177,6 +158,11 @@ class CellRun:
             if stopped.checkpoint is not None:  # a stream goes on from the end of a task, not from within
                 shutil.rmtree(stopped.checkpoint, ignore_errors=True)
             raise Interrupted(stopped.signum, hint="the finished tasks are kept; the same command goes on") from None
+        except Diverged as error:
+            where = f"{self.setup.settings[self.cell.method].title}, seed {self.cell.seed}, task {data.name}"
+            raise Diverged(
+                f"{where}: {error.what}", f"lower its learning rate ({self.cell.learning_rate:g}) or look at the rows"
+            ) from error
         progress.cost.steps += int(last["step"])
         progress.cost.training_seconds += last["train_runtime"]
 
@@ -195,10 +181,12 @@ class CellRun:
 
     def _score(self, stage: int, progress: Progress) -> None:
         for column, scored in enumerate(self.columns()):
-            if progress.waiting_steps or self._is_needless(stage, column):
+            if progress.waiting_steps:
                 progress.set(stage, scored.name, math.nan)
             elif stage and self.method.needs_task_id and column != stage - 1:
                 progress.repeat(stage, scored.name)  # its own model, which has not changed, answers
+            elif self._is_needless(stage, column):
+                progress.set(stage, scored.name, math.nan)
             else:
                 self._measure(stage, scored, progress)
 
@@ -216,7 +204,8 @@ class CellRun:
             self.setup.base_scores[key] = scores
         progress.set(stage, column.name, scores.mean, scores.beside)
         progress.rows[column.name] = scores.rows
-        self.predictions[column.name] = scores
+        if not isinstance(column, FromHarness):  # whose rows are not ours to see
+            progress.answers[column.name] = scores.predictions
 
     def _scores(self, column: Column) -> TaskScores:
         size, tokenizer = self._arguments().per_device_eval_batch_size, self.setup.tokenizer
@@ -251,14 +240,3 @@ class CellRun:
         when = "before" if stage == 0 else f"after {self.tasks[stage - 1].name}"
         cells = [f"{name} {progress.at(stage, name)}" for name in (*progress.retention, *progress.tasks)]
         return f"{self.setup.settings[self.cell.method].title}, {when}: " + "  ".join(cells)
-
-
-def planned_steps(arguments: TrainingArguments, rows: int) -> int:
-    """Return the optimizer steps that the arguments mean for a task of so many rows.
-
-    Methods that train on more rows than the task's own (replay) get the same number of steps.
-    """
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(rows / arguments.train_batch_size)
-    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)

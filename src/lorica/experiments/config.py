@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lorica.config import explain
+from lorica.config import explain, split_training
 from lorica.errors import LoricaError
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class RunConfig(BaseModel):
     """Methods on a stream, as ``lorica run`` and ``lorica.run`` take it.
 
     Any field of transformers' ``TrainingArguments`` may stand beside these under its own name; those go
-    into ``training`` and hold for every method and task, over what the stream says.
+    into ``training`` and hold for every method and task, over what the stream and the methods' settings say.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -38,7 +42,7 @@ class RunConfig(BaseModel):
     orders: list[str] = []
     """Orders of the stream. Default: its first."""
 
-    seeds: list[int] = [0]
+    seeds: list[Seed] = [0]
     """One run for each: of the order of the rows, dropout, new adapters and whatever a method draws."""
 
     tasks: list[str] = []
@@ -103,13 +107,18 @@ class RunConfig(BaseModel):
             return [str(item) for item in value]
         return None if value is None else str(value)
 
+    @field_validator("output_dir")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return str(Path(value).expanduser())
+
     @model_validator(mode="after")
     def _each_once(self) -> Self:
         for name in ("methods", "orders", "seeds", "tasks", "held_out", "learning_rates"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} names one twice: {' '.join(map(str, values))}")
-        if any(rate <= 0 for rate in self.learning_rates):
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError("--learning_rates holds one that is not above 0")
         if not self.seeds:
             raise ValueError("--seeds is empty; give at least one")
@@ -122,9 +131,8 @@ def build_run_config(values: dict[str, Any]) -> RunConfig:
     Raises:
         LoricaError: a required field is missing or a value is unusable.
     """
-    own = {key: value for key, value in values.items() if key in RunConfig.model_fields}
-    others = {key: value for key, value in values.items() if key not in RunConfig.model_fields}
+    own, training = split_training(values, RunConfig)
     try:
-        return RunConfig.model_validate(own | {"training": dict(own.get("training") or {}) | others})
+        return RunConfig.model_validate(own | {"training": training})
     except ValidationError as error:
         raise LoricaError(explain(error)) from error

@@ -38,22 +38,30 @@ class Progress:
     Attributes:
         tasks, retention: score after each stage, percent, by task and by held-out ability; NaN: not measured.
         beside: the same of other metrics, by metric and then by task.
-        rows: score of each row at the last stage it was measured, by task or ability.
+        rows, answers: score of each row at the last stage it was measured, and what was answered, by task or
+            ability.
         carried_bytes: size of what the method carried on from each task.
         worst_leakage: largest leakage of each task's training; None for methods without an audit.
         leakage, plan: records of the last task's audit and plan.
         waiting_steps: steps of tasks that a method which learns later has not taken yet.
+        parameters: number of the model's parameters.
+        new_parameters: patterns of those that came in without weights and so train with every method.
+        diverged: why no score follows; empty unless training failed.
     """
 
     tasks: Series
     retention: Series
     beside: dict[str, Series] = field(default_factory=dict)
     rows: Series = field(default_factory=dict)
+    answers: dict[str, list[str]] = field(default_factory=dict)
     carried_bytes: list[int] = field(default_factory=list)
     worst_leakage: list[float | None] = field(default_factory=list)
     leakage: list[dict[str, Any]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
     waiting_steps: int = 0
+    parameters: int = 0
+    new_parameters: list[str] = field(default_factory=list)
+    diverged: str = ""
     cost: Cost = field(default_factory=Cost)
 
     @classmethod
@@ -86,6 +94,12 @@ class Progress:
         again = {metric: held[name][-1] for metric, held in self.beside.items() if name in held}
         self.set(stage, name, self._series(name)[-1], again)
 
+    def give_up(self, reason: str, stages: int) -> None:
+        """Take down that nothing is measured any more, up to this number of tasks."""
+        self.diverged = reason
+        for series in (*self.tasks.values(), *self.retention.values()):
+            series += [math.nan] * (stages + 1 - len(series))
+
     def at(self, stage: int, name: str) -> str:
         """Return a score as text, ``-`` where it was not measured."""
         score = self._series(name)[stage]
@@ -101,7 +115,7 @@ class Progress:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the progress that ``to_json`` gave."""
-        known = {key: data[key] for key in cls.__dataclass_fields__ if key != "cost"}
+        known = {key: data[key] for key in cls.__dataclass_fields__ if key != "cost" and key in data}
         for name in ("tasks", "retention", "rows"):
             known[name] = {key: _measured(values) for key, values in known[name].items()}
         known["beside"] = {m: {key: _measured(v) for key, v in held.items()} for m, held in known["beside"].items()}

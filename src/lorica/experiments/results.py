@@ -38,7 +38,7 @@ def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> 
         "facts": method_facts(settings.method),
         "model": redacted(Path(setup.config.model_name_or_path).name),
         "model_kind": setup.kind,
-        "model_parameters": run.parameters,
+        "model_parameters": progress.parameters,
         "learning_rate": cell.learning_rate,
         "sweep": selection.to_json() if selection else None,
         **matrix.to_json(),
@@ -85,11 +85,11 @@ def intervals(matrix: ScoreMatrix, progress: Progress) -> dict[str, Any]:
     }
 
 
-def write_predictions(run: CellRun, path: Path) -> None:
+def write_predictions(progress: Progress, path: Path) -> None:
     """Write the answers at the end of the stream, one line for each row: task, row, answer, score."""
     lines = []
-    for name, scores in run.predictions.items():
-        for where, (answer, score) in enumerate(zip(scores.predictions, scores.rows, strict=True)):
+    for name, answers in progress.answers.items():
+        for where, (answer, score) in enumerate(zip(answers, progress.rows[name], strict=True)):
             lines.append(json.dumps({"task": name, "row": where, "answer": answer, "score": score}, ensure_ascii=False))
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from lorica.experiments.cell import Cell, CellRun
+from lorica.errors import LoricaError
+from lorica.experiments.cell import CellRun
 from lorica.experiments.clock import Clock
+from lorica.experiments.identity import Cell
 from lorica.experiments.setup import Setup
 from lorica.record import write_json
 from lorica.scores import ScoreMatrix
@@ -63,12 +64,15 @@ def select(setup: Setup, method: str, folder: Path, tell: Callable[[str], None],
         cell = Cell(method, setup.orders[0], config.seeds[0], rate, validates=True)
         run = CellRun(setup, cell, folder / f"lr-{rate:g}", tell, clock)
         figures[rate] = _figures(run)
-    chosen = choose_rate({rate: one.get(config.select_by) for rate, one in figures.items()}, config.select_by)
-    edges = (min(figures), max(figures))
-    result = Selection(
-        chosen, config.select_by, {f"{rate:g}": one for rate, one in figures.items()},
-        at_edge=len(figures) > 1 and chosen in edges,
-    )  # fmt: skip
+    by: str = config.select_by
+    if all(one[by] is None for one in figures.values()):
+        by = "average_accuracy"  # joint learns all tasks at the end, and none right after it came
+    try:
+        chosen = choose_rate({rate: one[by] for rate, one in figures.items()}, by)
+    except LoricaError as error:
+        raise LoricaError(f"method {method!r}: {error}") from error
+    at_edge = len(figures) > 1 and chosen in (min(figures), max(figures))
+    result = Selection(chosen, by, {f"{rate:g}": one for rate, one in figures.items()}, at_edge)
     write_json(folder / SWEEP, result.to_json())
     return result
 
@@ -82,16 +86,23 @@ def _figures(run: CellRun) -> dict[str, Any]:
         "average_accuracy": matrix.average_accuracy,
         "learning_accuracy": matrix.learning_accuracy,
         "retention": kept,
+        "diverged": progress.diverged or None,
     }
 
 
 def choose_rate(scores: Mapping[float, float | None], by: str) -> float:
-    """Return the rate that a criterion prefers; a rate without a score (training failed) is never chosen first.
+    """Return the rate that a criterion prefers; a rate without a score (training failed) is never chosen.
 
     ``average_accuracy``: the highest score, of equals the smaller rate. ``learning_accuracy``: the smallest rate
     within one point of the highest.
+
+    Raises:
+        LoricaError: no rate has a score.
     """
-    known = {rate: -math.inf if score is None else score for rate, score in scores.items()}
+    known = {rate: score for rate, score in scores.items() if score is not None}
+    if not known:
+        rates = " ".join(f"{rate:g}" for rate in scores)
+        raise LoricaError(f"training failed with every learning rate of {rates}; give lower --learning_rates")
     best = max(known.values())
     slack = TOLERANCE if by == "learning_accuracy" else 0.0
     return min(rate for rate, score in known.items() if score >= best - slack)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from lorica.benchmarks import find_stream
 from lorica.config import read_config
@@ -16,11 +17,13 @@ from lorica.data.stream import MethodSettings, Task, TaskStream
 from lorica.errors import LoricaError, did_you_mean
 from lorica.evaluation.metrics import checked
 from lorica.evaluation.scorer import TaskScores, check_answers
-from lorica.experiments.abilities import FromFile, HeldOut, named_ability
+from lorica.experiments.abilities import FromFile, FromHarness, HeldOut, check_harness, named_ability
+from lorica.experiments.arguments import check_training, layered
 from lorica.experiments.config import RunConfig
 from lorica.experiments.rows import Rows
+from lorica.lineage import weights_sha256
 from lorica.methods import METHODS, Method
-from lorica.training.arguments import check_arguments, default_learning_rate, training_arguments
+from lorica.training.arguments import check_trackers, default_learning_rate, training_arguments
 from lorica.training.classifiers import read_any_config, read_classifier
 from lorica.training.models import model_width, read_model, read_tokenizer
 
@@ -45,9 +48,9 @@ class Setup:
         _check_orders(self.stream, self.orders)
         self.training = self.stream.training | config.training
         for name, one in self.settings.items():
-            where = f"stream {self.stream.name!r}, method {name!r}"
             self.build_method(name)
-            _check_training(self.training | one.training, where)
+            check_training(self.training | one.training, f"stream {self.stream.name!r}, method {name!r}")
+        _check_names([*self.settings, *filter(None, self.orders)])
         self.tokenizer = read_tokenizer(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
@@ -57,12 +60,14 @@ class Setup:
         self.kind: Kind = (
             "classifier" if classifies else "seq2seq" if self.model_config.is_encoder_decoder else "causal"
         )
-        self.labels = list(dict.fromkeys(choice for task in self.stream.tasks for choice in task.choices))
+        choices = dict.fromkeys(choice for task in self.stream.tasks for choice in task.choices)
+        self.labels = list(choices) if self.kind == "classifier" else []
         self.collate = Collator(self.tokenizer, seq2seq=self.kind == "seq2seq", classifier=self.kind == "classifier")
         self.held_out = self._held_out()
         self.rows = Rows(config, self.stream, self.held_out, self.tokenizer, self.model_config, self.kind, self.labels)
         self.base_scores: dict[tuple[str, bool], TaskScores] = {}
         self._check_rows()
+        self._check_arguments()
 
     def _held_out(self) -> list[HeldOut]:
         config = self.config
@@ -72,6 +77,10 @@ class Setup:
         names = [one.name for one in every] + [task.name for task in self.stream.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise LoricaError(f"--held_out: the name {twice!r} is taken by another ability or a task of the stream")
+        harness = [one.name for one in every if isinstance(one, FromHarness)]
+        if harness and self.kind == "classifier":
+            raise LoricaError(f"--held_out {harness[0]}: lm-eval scores models that write; this one classifies")
+        check_harness(harness)
         return every
 
     def _check_rows(self) -> None:
@@ -84,10 +93,23 @@ class Setup:
             for metric in (scored.metric, *scored.metrics_beside):
                 checked(metric)
             check_answers(self.rows.test(scored.name))
+            if self.kind == "classifier" and (foreign := [one for one in scored.choices if one not in self.labels]):
+                raise LoricaError(f"ability {scored.name!r}: its choice {foreign[0]!r} is no class of the stream's")
         for name in tasks:
             self.rows.train(name)
             if len(self.config.learning_rates) > 1:
                 self.rows.split(name)
+
+    def _check_arguments(self) -> None:
+        for name in self.settings:
+            for task in self.stream.tasks:
+                arguments = self.arguments("", self.config.seeds[0], None, name=name, task=task)
+        check_trackers(arguments)
+
+    @cached_property
+    def weights_sha256(self) -> str | None:
+        """One digest of the weight files of the model that came in; None for a name on the hub."""
+        return weights_sha256(Path(self.config.model_name_or_path).expanduser())
 
     def describe(self) -> list[str]:
         """Return the lines printed before the first method starts."""
@@ -108,8 +130,12 @@ class Setup:
         return [f"at most {limit} {what} rows of each task" for what, limit in cuts.items() if limit]
 
     def read_model(self, folder: str | None = None) -> tuple[Any, list[str]]:
-        """Return the model that came in, or the one a folder holds, and the patterns of new parameters that train."""
+        """Return the model that came in, or the one a folder holds, and the patterns of new parameters that train.
+
+        What has no weights, a classifier's head, is drawn by the first seed: it is the same for every cell.
+        """
         config = self.config
+        set_seed(config.seeds[0])
         options: dict[str, Any] = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         options |= {"device": self.arguments("", 0, None).device, "trust_remote_code": config.trust_remote_code}
         options |= {"revision": config.model_revision if folder is None else None}
@@ -133,13 +159,15 @@ class Setup:
         self, output_dir: str, seed: int, learning_rate: float | None, *, name: str | None = None,
         task: Task | None = None,
     ) -> TrainingArguments:  # fmt: skip
-        """Return the training arguments for one task of one method."""
-        given: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True} | self.training
-        given |= self.settings[name].training if name else {}
+        """Return the training arguments for one task of one method.
+
+        The run's come before those of the method's settings, these before the task's epochs and the stream's.
+        """
+        epochs = {"num_train_epochs": task.num_train_epochs} if task and task.num_train_epochs else {}
+        own = self.settings[name].training if name else {}
+        given = layered(self.stream.training, epochs, own, self.config.training)
         rate = 1.0 if learning_rate is None else learning_rate
         given |= {"seed": seed, "learning_rate": rate * (task.learning_rate_scale if task else 1.0)}
-        if task is not None and task.num_train_epochs is not None and "num_train_epochs" not in self.config.training:
-            given["num_train_epochs"] = task.num_train_epochs
         return training_arguments(given, output_dir, hidden_size=None, seq2seq=self.kind == "seq2seq")
 
     def grid(self, name: str) -> list[float]:
@@ -176,15 +204,11 @@ def _check_orders(stream: TaskStream, orders: list[str | None]) -> None:
         seen[names] = order
 
 
-INSTEAD = {"seed": "--seeds", "learning_rate": "--learning_rates"}
-"""Training arguments that a run sets itself, and what to give instead."""
-
-
-def _check_training(given: dict[str, Any], where: str) -> None:
-    for name, option in INSTEAD.items():
-        if name in given:
-            raise LoricaError(f"{where}: --{name} is set by lorica run for each cell; give {option}")
-    check_arguments(given, where=f"{where}: ")
+def _check_names(names: list[str]) -> None:
+    """Refuse names of settings and orders that would lead out of the output folder."""
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise LoricaError(f"{name!r} cannot be the name of a folder; name the settings or the order otherwise")
 
 
 def chosen_settings(config: RunConfig, stream: TaskStream) -> dict[str, MethodSettings]:

@@ -91,24 +91,39 @@ def write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor
 def claim(cell: Path, identity: Mapping[str, Any]) -> None:
     """Make a cell's folder, or make sure that it was made by the same run.
 
+    All that the folder was begun with must be the same. What a later version of Lorica writes down besides is not
+    held against it. A folder in which nothing is finished belongs to whoever comes next.
+
     Raises:
         LoricaError: the folder belongs to another run; names the first setting that differs.
     """
     now = json.loads(json.dumps(identity, default=str))
     file = cell / IDENTITY
-    if not file.exists():
-        if cell.is_dir() and any(cell.iterdir()):
-            raise LoricaError(f"{cell} is not empty and not of lorica run; name another --output_dir")
+    if not file.exists() and cell.is_dir() and any(cell.iterdir()):
+        raise LoricaError(f"{cell} is not empty and not of lorica run; name another --output_dir")
+    if last_stage(cell) is None:
         cell.mkdir(parents=True, exist_ok=True)
         write_json(file, now)
         return
     before = _read(file)
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
+    for name in sorted(before):
+        if before[name] != now.get(name):
+            what, one, other = _difference(name, before[name], now.get(name))
             raise LoricaError(
-                f"{cell} was begun with {name} {_short(before.get(name))}, and it is now {_short(now.get(name))}; "
+                f"{cell} was begun with {what} {_short(one)}, and it is now {_short(other)}; "
                 "give what it was begun with, or another --output_dir"
             )
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
+    """Return the first part in which two values differ, with its name."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in (*before, *now) if before.get(key) != now.get(key))
+        return _difference(f"{name}.{key}", before.get(key), now.get(key))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        place = next(place for place, value in enumerate(before) if value != now[place])
+        return _difference(f"{name}.{place + 1}", before[place], now[place])
+    return name, before, now
 
 
 def _short(value: Any) -> str:

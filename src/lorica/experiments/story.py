@@ -10,9 +10,10 @@ from typing import Any
 from transformers.utils import logging as transformers_logging
 
 from lorica.data.stream import TaskStream
-from lorica.experiments.cell import Cell, CellRun
+from lorica.experiments.cell import CellRun
 from lorica.experiments.clock import Clock
 from lorica.experiments.config import RunConfig, build_run_config
+from lorica.experiments.identity import Cell
 from lorica.experiments.results import PREDICTIONS, RUN, read_run, record_of, write_predictions
 from lorica.experiments.selection import Selection, select
 from lorica.experiments.setup import Setup
@@ -89,15 +90,15 @@ class Run:
         own = folder if len(self.cells) == 1 else folder / cell_name(order, seed)
         cell = CellRun(self.setup, Cell(method, order, seed, rate), own / "cell", self._tell, self.clock)
         progress = cell.run()
-        if (own / RUN).exists():
-            return read_run(own / RUN)
-        record = record_of(cell, progress, selection)
-        if config.save_models:
-            save_model(cell.model, self.setup.tokenizer, own / "model")
-        write_predictions(cell, own / PREDICTIONS)
-        write_json(own / RUN, record)
+        if cell.model is not None or not (own / RUN).exists():  # trained here, or not written by who trained it
+            if config.save_models:
+                save_model(cell.trained_model(), self.setup.tokenizer, own / "model")
+            write_predictions(progress, own / PREDICTIONS)
+            write_json(own / RUN, record_of(cell, progress, selection))
+        elif config.save_models and not (own / "model").is_dir():
+            self.say(f"notice: {own} was finished without --save_models; remove it to train that model again")
         cell.drop_model()
-        return record
+        return read_run(own / RUN)
 
     def _tell(self, line: str) -> None:
         self.say(f"{line}   {self.clock.tick()}")

@@ -18,6 +18,18 @@ from lorica.training.checkpoints import WithoutPickledArguments
 from lorica.training.interrupt import SignalCatcher
 
 
+class Diverged(LoricaError):
+    """The loss is no number any more.
+
+    Attributes:
+        what: the loss and the step, without advice.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}; {advice}")
+        self.what = what
+
+
 class MethodMixin:
     """Lets a method wrap the optimizer that the Trainer builds, and add to the loss. Put it before a Trainer class.
 
@@ -67,9 +79,9 @@ class MethodMixin:
         if not loss.isfinite():
             last = get_last_checkpoint(self.args.output_dir)
             kept = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
-            raise LoricaError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before that step. "
-                f"Lower --learning_rate or look at the rows; {kept}"
+            raise Diverged(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}",
+                f"training stopped before that step. Lower --learning_rate or look at the rows; {kept}",
             )
         return loss
 
@@ -106,6 +118,7 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
+        Diverged: the loss became NaN or infinite.
     """
     kind = MethodSeq2SeqTrainer if model.config.is_encoder_decoder else MethodTrainer
     with SignalCatcher() as catcher:

@@ -1,0 +1,59 @@
+"""Training arguments of a run: which may be given, whose word counts, and how many steps they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainingArguments
+
+from lorica.errors import LoricaError
+from lorica.training.arguments import check_arguments
+
+INSTEAD = {"seed": "--seeds", "learning_rate": "--learning_rates"}
+"""Training arguments that a run sets itself, and what to give instead."""
+
+WITHOUT_EFFECT = ("save_", "eval_", "load_best_", "metric_for_best_", "greater_is_better", "resume_from_", "hub_")
+"""How the names of training arguments begin that have no effect in a run."""
+
+QUIET: dict[str, Any] = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+"""What a run does not need of the Trainer, unless it is asked for."""
+
+
+def check_training(given: Mapping[str, Any], where: str) -> None:
+    """Refuse training arguments that are unknown, of the wrong type, or not a run's to take.
+
+    Args:
+        where: whose they are, for messages.
+    """
+    for name in given:
+        if name in INSTEAD:
+            raise LoricaError(f"{where}: --{name} is set by lorica run for each cell; give {INSTEAD[name]}")
+        if name.startswith(WITHOUT_EFFECT):
+            raise LoricaError(
+                f"{where}: --{name} has no effect in lorica run, which scores and keeps the end of every task and goes "
+                "on by itself when the same command is given again; leave it out"
+            )
+    check_arguments(dict(given), where=f"{where}: ")
+
+
+def layered(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return training arguments from several places; the later word counts, also on epochs against steps."""
+    given = dict(QUIET)
+    for layer in layers:
+        if "num_train_epochs" in layer:
+            given.pop("max_steps", None)  # or the epochs would have no effect
+        given |= layer
+    return given
+
+
+def planned_steps(arguments: TrainingArguments, rows: int) -> int:
+    """Return the optimizer steps that the arguments mean for a task of so many rows.
+
+    Methods that train on more rows than the task's own (replay) get the same number of steps.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    batches = math.ceil(rows / arguments.train_batch_size)
+    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)

@@ -1,0 +1,52 @@
+"""What the scores of a cell depend on: a folder goes on only with the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lorica.experiments.abilities import FromFile
+from lorica.experiments.setup import Setup
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What tells one cell from the others.
+
+    Attributes:
+        method: name of the settings.
+        order: of the stream; None where it has none.
+        seed: of the order of the rows and of whatever is drawn.
+        learning_rate: before a task's own factor.
+        validates: train on a part of the training rows and score the rest, as the choice of the rate does.
+    """
+
+    method: str
+    order: str | None
+    seed: int
+    learning_rate: float
+    validates: bool = False
+
+
+FIELDS = (
+    "model_name_or_path", "model_revision", "max_train_rows", "max_test_rows", "max_new_tokens", "max_length", "dtype",
+    "attn_implementation", "validation_fraction",
+)  # fmt: skip
+"""Fields of the run's configuration on which every score depends as they are."""
+
+
+def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
+    """Return everything on which a cell's scores depend, as plain data."""
+    tasks = setup.stream.in_order(cell.order)
+    from_files = [one.name for one in setup.held_out if isinstance(one, FromFile)]
+    return (
+        asdict(cell)
+        | {name: getattr(setup.config, name) for name in FIELDS}
+        | {"sha256 of the model": setup.weights_sha256, "classes": setup.labels}
+        | {"rows drawn by seed": setup.config.seeds[0], "tasks": [task.model_dump() for task in tasks]}
+        | {"stream": setup.stream.name, "version": setup.stream.version, "training": setup.training}
+        | {"settings": setup.settings[cell.method].model_dump()}
+        | {"held out": [one.settings() for one in setup.held_out]}
+        | {f"rows of {task.name}": setup.rows.train(task.name).sha256 for task in tasks}
+        | {f"scored rows of {name}": setup.rows.test(name).sha256 for name in (*(t.name for t in tasks), *from_files)}
+    )
