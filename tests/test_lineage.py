@@ -126,3 +126,21 @@ def test_mistakes(options: dict[str, Any], message: str, llama_folder: Path, row
     with pytest.raises(LoricaError, match=message):
         update(llama_folder, tmp_path / "out", rows("new"), **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_method_is_told_that_it_begins_without_the_memory(
+    llama_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    update(llama_folder, tmp_path / "one", rows("one"), method="ewc")
+    assert "carries what method 'ewc' remembers" in str(read_lineage(str(tmp_path / "one")).notice("gpm"))
+    assert read_lineage(str(tmp_path / "one")).notice("ewc") is None
+    assert read_lineage(str(llama_folder)).notice("ewc") is None
+
+
+def test_adapters_start_at_ten_times_the_rate(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
+    config = {"model_name_or_path": llama_folder, "train_file": rows("new"), "max_steps": 1}
+    rate = [
+        lorica.train(config | {"output_dir": tmp_path / name, "method": name}, say=lambda _: None)["learning_rate"]
+        for name in ("seqft", "lora")
+    ]
+    assert rate[1] == pytest.approx(10 * rate[0])

@@ -21,8 +21,8 @@ RECORD = "lorica.json"
 MEMORY = Path("memory") / "memory.safetensors"
 """In a folder of its own: loaders of plain models read every safetensors file at the top."""
 
-REJECTED = "rejected"
-"""Where the model of an update goes that forgot too much."""
+CANDIDATE, REJECTED = "candidate", "rejected"
+"""Where the model of an update waits while its forgetting is measured, and where it goes if that is too much."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,12 @@ class Lineage:
         """
         file = Path(self.model) / MEMORY
         return load_memory(file) if self.method == method and file.is_file() else {}
+
+    def notice(self, method: str) -> str | None:
+        """Return what to say where the model carries the memory of another method, which this one cannot use."""
+        if self.method in (None, method) or not (Path(self.model) / MEMORY).is_file():
+            return None
+        return f"{self.model} carries what method {self.method!r} remembers; {method!r} begins without it"
 
     def to_json(self) -> dict[str, Any]:
         """Return what the record of an update holds of its parent."""
@@ -117,12 +123,21 @@ def forgotten(scores: Mapping[str, Any], limit: float | None) -> dict[str, float
     return {name: points for name, points in lost.items() if points > (limit or 0.0)}
 
 
-def set_aside(output_dir: Path) -> Path:
-    """Move the model of a rejected update, and what its method remembers, into ``OUT/rejected``."""
-    aside = output_dir / REJECTED
-    aside.mkdir(exist_ok=True)
-    own = {RECORD, "plan.json", "update.json", "report.html", "report.md", REJECTED}
-    for path in sorted(output_dir.iterdir()):
-        if path.name not in own and not path.name.startswith(("checkpoint-", "rejected")):
-            path.replace(aside / path.name)
-    return aside
+def candidate(output_dir: Path) -> Path:
+    """Return the folder, made, where the model of an update waits until its forgetting is measured."""
+    folder = output_dir / CANDIDATE
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def promote(output_dir: Path) -> Path:
+    """Move an accepted candidate to where the model belongs, and return that."""
+    for path in sorted((output_dir / CANDIDATE).iterdir()):
+        path.replace(output_dir / path.name)
+    (output_dir / CANDIDATE).rmdir()
+    return output_dir
+
+
+def reject(output_dir: Path) -> Path:
+    """Keep a candidate that forgot too much aside, where nobody loads it by mistake, and return where."""
+    return (output_dir / CANDIDATE).rename(output_dir / REJECTED)

@@ -9,12 +9,13 @@ from typing import Any
 
 from lorica.benchmarks import catalogue, find_stream
 from lorica.bootstrap import interval
+from lorica.data.dataset import EncodedDataset
 from lorica.data.positions import position_limit
 from lorica.data.reader import READERS
 from lorica.data.stream import Ability, Scored, TaskStream
 from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
-from lorica.evaluation.metrics import checked
+from lorica.evaluation.metrics import checked, majority_floor
 from lorica.evaluation.scorer import check_answers, score_task
 from lorica.experiments.abilities import check_harness
 from lorica.lineage import weights_sha256
@@ -106,8 +107,11 @@ class Evaluation:
         how = "accuracy of the likeliest choice" if scored.scoring == "choose" else scored.metric
         return {
             "score": whole.mean, "low": whole.low, "high": whole.high, "metric": how, "beside": found.beside,
-            "floor": scored.floor, "rows": len(found.rows), "data": redacted(rows.summary),
+            "floor": self._floor(scored, rows), "rows": len(found.rows), "data": redacted(rows.summary),
         }  # fmt: skip
+
+    def _floor(self, scored: Scored, rows: EncodedDataset) -> float | None:
+        return majority_floor([row.answer or "" for row in rows.examples]) if scored.choices else scored.floor
 
     def _lm_eval(self, model: Any) -> dict[str, Any]:
         from lorica.evaluation.harness import lm_eval_record

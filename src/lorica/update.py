@@ -17,12 +17,14 @@ from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score, evaluate
 from lorica.inputs import Inputs
 from lorica.lineage import (
+    candidate,
     check_forgetting,
     check_single_update,
     forgotten,
     keep_memory,
+    promote,
     read_lineage,
-    set_aside,
+    reject,
     weights_sha256,
 )
 from lorica.memory import size_of
@@ -89,8 +91,9 @@ class Update:
         self.model_config = load_model_config(config)
         self.seq2seq = bool(self.model_config.is_encoder_decoder)
         self.arguments = training_arguments(
-            config.training, config.output_dir, hidden_size=model_width(self.model_config), seq2seq=self.seq2seq
-        )
+            config.training, config.output_dir, hidden_size=model_width(self.model_config), seq2seq=self.seq2seq,
+            learning_rate_scale=METHODS[config.method].learning_rate_scale,
+        )  # fmt: skip
         check_trackers(self.arguments)
         self.inputs = Inputs(
             config, self.tokenizer, seq2seq=self.seq2seq, position_limit=position_limit(self.model_config)
@@ -109,6 +112,8 @@ class Update:
         model = load_model(self.config, self.model_config, self.arguments.device)
         for line in self.inputs.describe():
             self.say(line)
+        if told := self.lineage.notice(self.config.method):
+            self.say(f"notice: {told}")
         plan = self._begin(model)
         output_dir = make_output_dir(self.config.output_dir)
         write_identity(output_dir, self._identity())
@@ -127,12 +132,13 @@ class Update:
         if audit is not None:
             self.say(audit.verdict())
         self.method.end_task(model, self._task())
-        save_model(model, self.tokenizer, output_dir)  # before scoring: what was trained is safe
-        keep_memory(output_dir, self.method.state_dict())
+        target = output_dir if self.config.max_forgetting is None else candidate(output_dir)
+        save_model(model, self.tokenizer, target)  # before scoring: what was trained is safe
+        keep_memory(target, self.method.state_dict())
         after = self._scores(model, "after")
         record = self._settled(plan, log, before, after) | {
             "parent": self.lineage.to_json(),
-            "weights_sha256": weights_sha256(output_dir),
+            "weights_sha256": weights_sha256(target),
             "carried_bytes": size_of(self.method.state_dict()),
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
@@ -153,7 +159,9 @@ class Update:
 
     def _finish(self, output_dir: Path, record: dict[str, Any]) -> None:
         record["rejected"] = forgotten(record["scores"], self.config.max_forgetting)
-        kept = set_aside(output_dir) if record["rejected"] else output_dir
+        kept = output_dir
+        if self.config.max_forgetting is not None:
+            kept = reject(output_dir) if record["rejected"] else promote(output_dir)
         write_json(output_dir / "lorica.json", record)
         page = write_report([output_dir / "lorica.json"], output_dir)
         if not self.keeps_checkpoints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,24 @@ def test_a_missing_model_is_one_error(write: Write, tmp_path: Path) -> None:
             {"stream": "letters", "model_name_or_path": "nobody", "output_dir": tmp_path / "out"}, stream=write()
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_choices_that_the_metric_cannot_tell_apart_are_refused(
+    write: Write, llama_folder: Path, tmp_path: Path
+) -> None:
+    task = {"name": "sums", "train_file": "first.train.jsonl", "test_file": "first.test.jsonl", "choices": ["4", "-4"]}
+    stream = write(tasks=[task])
+    with pytest.raises(LoricaError, match=r"sums: metric 'exact_match' takes '4' and '-4' for the same answer"):
+        run(stream, llama_folder, tmp_path / "out", methods="seqft")
+    assert not (tmp_path / "out").exists()
+
+
+def test_floors_and_recalls_are_those_of_the_scored_rows(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    stream = write(held_out=[])
+    rows = [{"prompt": f"first {i}?", "completion": "a" if i < 6 else "z"} for i in range(8)]
+    Path(stream.path("first.test.jsonl")).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    task = {"name": "first", "train_file": "first.train.jsonl", "test_file": "first.test.jsonl"}
+    stream = stream.model_copy(update={"tasks": [type(stream.tasks[0])(**task, choices=["a", "z"], floor=10)]})
+    (record,), _ = run(stream, llama_folder, tmp_path / "out", methods="seqft")
+    assert record["floors"] == {"first": 75.0}
+    assert record["recall"] == {"first": {"a": 100.0, "z": 0.0}}

@@ -216,11 +216,7 @@ class TaskStream(_Strict):
     methods: dict[str, MethodSettings] = {}
     """Settings by the name of the output folder."""
 
-    published: str | None = None
-    """File of published figures beside the stream's file, for the report."""
-
     _folder: Path = PrivateAttr(default=Path())
-    _origin: Path = PrivateAttr(default=Path())
     _chosen: list[str] | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -242,11 +238,6 @@ class TaskStream(_Strict):
     def path(self, file: str) -> str:
         """Return the path of a file that the stream names."""
         return str(self._folder / file)
-
-    @property
-    def published_file(self) -> Path | None:
-        """The file of published figures, if there is one; it is never in ``data_dir``."""
-        return None if self.published is None else self._origin / self.published
 
     def within(self, data_dir: str | None) -> TaskStream:
         """Return the same stream with its files looked for in ``data_dir``; None leaves it as it is."""
@@ -310,7 +301,7 @@ def read_stream(path: str | Path) -> TaskStream:
         raise LoricaError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         raise LoricaError(f"{path}: {_explain(error)}") from error
-    stream._folder = stream._origin = file.parent
+    stream._folder = file.parent
     return stream
 
 

@@ -16,7 +16,7 @@ from lorica.errors import LoricaError
 from lorica.evaluation.choices import choose
 from lorica.evaluation.evaluator import answer_length
 from lorica.evaluation.generate import Progress, batches_by_length, greedy_answers
-from lorica.evaluation.metrics import METRICS, Answer
+from lorica.evaluation.metrics import METRICS, Answer, normalise_answer
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,22 @@ def check_answers(dataset: EncodedDataset) -> None:
     """
     if missing := next((row for row in dataset.examples if row.answer is None), None):
         raise LoricaError(f"{missing.where}: the row has no answer to score; give prompts with completions")
+
+
+def check_choices(scored: Scored) -> None:
+    """Refuse choices that the metric cannot tell apart, such as 4 and -4 for one that deletes punctuation.
+
+    Raises:
+        LoricaError: names the two choices and a metric that tells them apart.
+    """
+    seen: dict[str, str] = {}
+    for choice in scored.choices if scored.metric == "exact_match" and scored.scoring == "generate" else ():
+        same = seen.setdefault(normalise_answer(choice), choice)
+        if same != choice:
+            raise LoricaError(
+                f"{scored.name}: metric 'exact_match' takes {same!r} and {choice!r} for the same answer, for it leaves "
+                "case and punctuation aside; give metric: stripped_string"
+            )
 
 
 def _measured(predictions: list[str], rows: list[Encoded], scored: Scored, *, exact: bool) -> TaskScores:

@@ -12,6 +12,9 @@ from lorica.data.reader import READERS
 from lorica.data.stream import Ability, Scored, TaskStream
 from lorica.errors import LoricaError, did_you_mean
 
+SHARES = ("exact_match", "acc", "acc_norm")
+"""Metrics of lm-eval that are a share of the rows, 0 to 1, in the order they are preferred."""
+
 
 @dataclass(frozen=True)
 class FromFile:
@@ -37,7 +40,7 @@ class FromFile:
 
 @dataclass(frozen=True)
 class FromHarness:
-    """A task of lm-evaluation-harness; its score is the first metric that the task reports.
+    """A task of lm-evaluation-harness; its score is the first of ``SHARES`` that it reports.
 
     Attributes:
         name: as the harness knows it.
@@ -56,10 +59,13 @@ class FromHarness:
         from lorica.evaluation.harness import lm_eval_scores
 
         metrics = lm_eval_scores(model, tokenizer, [self.name], limit=self.limit, batch_size=batch_size)[self.name]
-        value = next((value for value in metrics.values() if value is not None), None)
+        value = next((metrics[name] for name in SHARES if metrics.get(name) is not None), None)
         if value is None:
-            raise LoricaError(f"lm-eval task {self.name!r} reports no score")
-        return 100.0 * value if value <= 1.0 else value
+            raise LoricaError(
+                f"--held_out {self.name}: this lm-eval task reports {', '.join(metrics)}; only tasks with "
+                f"{', '.join(SHARES)} can be held out. lorica eval scores it"
+            )
+        return 100.0 * value
 
 
 HeldOut = FromFile | FromHarness

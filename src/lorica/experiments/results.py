@@ -9,6 +9,8 @@ from typing import Any
 
 from lorica.bootstrap import interval
 from lorica.errors import LoricaError
+from lorica.evaluation.metrics import majority_floor, recall_per_label
+from lorica.experiments.abilities import FromFile
 from lorica.experiments.cell import CellRun
 from lorica.experiments.progress import Progress
 from lorica.experiments.selection import Selection
@@ -48,7 +50,8 @@ def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> 
         "intervals": intervals(matrix, progress),
         "row_scores": {name: _compact(rows) for name, rows in progress.rows.items()},
         "metric_names": {task.name: task.metric for task in run.tasks},
-        "floors": {one.name: one.floor for one in run.tasks if one.floor is not None},
+        "floors": floors(run),
+        "recall": recalls(run, progress),
         "carried_bytes": progress.carried_bytes,
         "worst_leakage": progress.worst_leakage,
         "cost": progress.cost.to_json(),
@@ -69,7 +72,37 @@ def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> 
 def method_facts(method: str) -> dict[str, Any]:
     """Return what a reader must know of a method beside its scores."""
     kind = METHODS[method]
-    return {"stores": kind.stores, "needs_old_data": kind.needs_old_data, "needs_task_id": kind.needs_task_id}
+    return {
+        "stores": kind.stores,
+        "reproduction": kind.reproduction,
+        "needs_old_data": kind.needs_old_data,
+        "needs_task_id": kind.needs_task_id,
+    }
+
+
+def floors(run: CellRun) -> dict[str, float]:
+    """Return what always giving the most frequent answer scores: measured where there are choices, else as stated."""
+    scored = [*run.tasks, *(one.scored for one in run.setup.held_out if isinstance(one, FromFile))]
+    stated = {one.name: one.floor for one in scored if one.floor is not None and not one.choices}
+    return stated | {one.name: majority_floor(_references(run, one.name)) for one in scored if one.choices}
+
+
+def recalls(run: CellRun, progress: Progress) -> dict[str, dict[str, float]]:
+    """Return, for each task with choices, the share of each label's rows that are answered rightly at the end.
+
+    A model that stops writing one of four letters loses a part of every average; here it shows which.
+    """
+    shares = {}
+    for task in run.tasks:
+        if task.choices and task.name in progress.rows:
+            answers = _references(run, task.name)
+            given = [one if score == 100 else "" for one, score in zip(answers, progress.rows[task.name], strict=True)]
+            shares[task.name] = recall_per_label(given, answers)
+    return shares
+
+
+def _references(run: CellRun, name: str) -> list[str]:
+    return [(row.answer or "").strip() for row in run.setup.rows.test(name).examples]
 
 
 def intervals(matrix: ScoreMatrix, progress: Progress) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lorica.data.dataset import Kind
 from lorica.data.stream import MethodSettings, Task, TaskStream
 from lorica.errors import LoricaError, did_you_mean
 from lorica.evaluation.metrics import checked
-from lorica.evaluation.scorer import TaskScores, check_answers
+from lorica.evaluation.scorer import TaskScores, check_answers, check_choices
 from lorica.experiments.abilities import FromFile, FromHarness, HeldOut, check_harness, named_ability
 from lorica.experiments.arguments import check_training, layered
 from lorica.experiments.config import RunConfig
@@ -92,6 +92,7 @@ class Setup:
         for scored in (*tasks.values(), *files):
             for metric in (scored.metric, *scored.metrics_beside):
                 checked(metric)
+            check_choices(scored)
             check_answers(self.rows.test(scored.name))
             if self.kind == "classifier" and (foreign := [one for one in scored.choices if one not in self.labels]):
                 raise LoricaError(f"ability {scored.name!r}: its choice {foreign[0]!r} is no class of the stream's")

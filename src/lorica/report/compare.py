@@ -35,7 +35,8 @@ CARDS = 4
 
 
 def comparisons(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
-    """Return the runs that may be compared with each other: the same tasks and version of a stream, rows and model.
+    """Return the runs that may be compared with each other: the same tasks and version of a stream, scored rows and
+    model.
 
     An order of the tasks is known by its name. Where one name, or none, stands for several orders, the runs are kept
     apart as well: their matrices must not be averaged.
@@ -44,12 +45,18 @@ def comparisons(records: Sequence[RunRecord]) -> list[list[RunRecord]]:
     named: dict[tuple[object, ...], list[list[str]]] = {}
     for record in records:
         limits = str(sorted(record.limits().items()))
-        key = (record.stream, record.stream_version, frozenset(record.tasks), record.model, limits)
+        tested = frozenset((name, _digest(parts)) for name, parts in record.data.items())
+        key = (record.stream, record.stream_version, frozenset(record.tasks), record.model, limits, tested)
         variants = named.setdefault((*key, record.order), [])
         if record.tasks not in variants:
             variants.append(record.tasks)
         groups.setdefault((*key, variants.index(record.tasks)), []).append(record)
     return list(groups.values())
+
+
+def _digest(parts: object) -> object:
+    test = parts.get("test") if isinstance(parts, dict) else None
+    return test.get("sha256") if isinstance(test, dict) else None
 
 
 def compare_part(runs: Sequence[RunRecord]) -> Part:

@@ -97,12 +97,18 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
 
 
 def training_arguments(
-    given: dict[str, Any], output_dir: str, *, hidden_size: int | None, seq2seq: bool
+    given: dict[str, Any],
+    output_dir: str,
+    *,
+    hidden_size: int | None,
+    seq2seq: bool,
+    learning_rate_scale: float = 1.0,
 ) -> TrainingArguments:
     """Return TrainingArguments with Lorica's defaults under the given values.
 
     Args:
         hidden_size: the model's width, for the default learning rate; None if it cannot be told.
+        learning_rate_scale: factor of the method on that default.
 
     Raises:
         LoricaError: see ``check_arguments``; or a value makes no sense, or transformers refuses the combination.
@@ -114,7 +120,7 @@ def training_arguments(
         raise LoricaError(f"--{stray[0]} is for encoder-decoder models; this model is none")
     if hidden_size is None and "learning_rate" not in checked:
         raise LoricaError("--learning_rate is needed: the model's width, which sets the default, cannot be told")
-    rate = {} if hidden_size is None else {"learning_rate": default_learning_rate(hidden_size)}
+    rate = {} if hidden_size is None else {"learning_rate": default_learning_rate(hidden_size) * learning_rate_scale}
     try:
         arguments = kind(output_dir=output_dir, remove_unused_columns=False, **DEFAULTS | rate | checked)
     except (ValueError, TypeError, ImportError) as error:

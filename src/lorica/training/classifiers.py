@@ -46,9 +46,10 @@ def read_classifier(
     would stay random. A folder that is already a classifier of just these labels keeps its head.
 
     Raises:
-        LoricaError: the model cannot be loaded.
+        LoricaError: the model cannot be loaded, or its head is of other labels and just as many.
     """
     numbers = {label: index for index, label in enumerate(labels)}
+    _check_head(from_pretrained(AutoConfig, name, "configuration", revision, trust_remote_code), name, numbers)
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     options |= {"num_labels": len(labels), "label2id": numbers, "id2label": {i: label for label, i in numbers.items()}}
     options |= {"ignore_mismatched_sizes": True}
@@ -60,3 +61,14 @@ def read_classifier(
     head = {key for key, _ in model.named_parameters() if not key.startswith(inside)}
     new = head | set(loading["missing_keys"])
     return model.to(device), [f"^{re.escape(key)}$" for key in sorted(new)]
+
+
+def _check_head(config: Any, name: str, numbers: dict[str, int]) -> None:
+    """Refuse a head that would be kept for its size although its classes mean something else."""
+    architecture = (config.architectures or [""])[0]
+    kept = architecture.endswith("ForSequenceClassification") and config.num_labels == len(numbers)
+    if kept and config.label2id != numbers:
+        raise LoricaError(
+            f"{name} classifies into {', '.join(config.label2id)}, and the stream's choices are {', '.join(numbers)}; "
+            "give the model without its head (the one it was made from)"
+        )
