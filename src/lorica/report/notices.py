@@ -24,7 +24,8 @@ LIMITS = {
 
 def notices(methods: Sequence[MethodRuns]) -> list[str]:
     """Return a sentence for each: a subset, limits, few seeds, unequal runs, the grid's edge, rows that were cut."""
-    return [*_subset(methods), *_limits(methods), *_runs(methods), *_steps(methods), *_edges(methods), *_rows(methods)]
+    of_runs = [*_runs(methods), *_steps(methods), *_unswept(methods), *_edges(methods)]
+    return [*_subset(methods), *_limits(methods), *of_runs, *_rows(methods)]
 
 
 def limits_told(methods: Sequence[MethodRuns]) -> list[str]:
@@ -76,6 +77,14 @@ def _steps(methods: Sequence[MethodRuns]) -> list[str]:
     unequal = [found for found in steps.values() if len(set(found.values())) > 1]
     each = "; ".join(f"{label}: {count}" for label, count in unequal[0].items()) if unequal else ""
     return [f"Not every method took the same number of training steps. {each}."] if unequal else []
+
+
+def _unswept(methods: Sequence[MethodRuns]) -> list[str]:
+    without = [one.label for one in methods if all(cell.sweep is None for cell in one.cells)]
+    if len(methods) < 2 or not without:
+        return []
+    whose = "any method" if len(without) == len(methods) else listed(without)
+    return [f"These runs chose no learning rate for {whose}; a difference may be one of rates, not of methods."]
 
 
 def _edges(methods: Sequence[MethodRuns]) -> list[str]:
