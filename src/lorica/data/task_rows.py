@@ -54,7 +54,9 @@ def load_rows(
     """
     try:
         if kind == "classifier" and not scored.choices:
-            raise LoricaError("give choices: a classifier needs to know its classes; or leave the task out with --tasks.")
+            raise LoricaError(
+                "give choices: a classifier needs to know its classes; or leave the task out with --tasks."
+            )
         report = _report(stream, scored, part, len(tokenizer), kind == "seq2seq")
         rows = _encoded(report, scored, tokenizer, kind, max_length, labels, limit, seed)
     except LoricaError as error:
