@@ -8,7 +8,6 @@ between its marks in ``docs/recipes.md``.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from lorica.report import read_records, write_report
 from lorica.report.compare import comparisons, ranked
 from lorica.report.records import RunRecord
 from lorica.report.replicates import replicates
-from lorica.report.tables import Table
+from lorica.report.tables import Table, percent
 from lorica.report.text import summary_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,49 +26,44 @@ SAME = "learning rate"
 """A column that says the same in every row, for one rate was given to all."""
 
 
-def write_page(records: Path) -> None:
+def write_page(kept: Path) -> None:
     """Write the report of a file of records beside it."""
     with tempfile.TemporaryDirectory() as folder:
-        page = write_report(json.loads(records.read_text(encoding="utf-8")), folder)
-        shutil.copyfile(page, records.with_suffix(".html"))
+        shutil.copyfile(write_report([kept], folder), kept.with_suffix(".html"))
 
 
-def tables(records: Path) -> str:
-    """Return a table of methods for each model in a file of records, under the model's name and scores before."""
-    runs = [one for one in read_records(json.loads(records.read_text(encoding="utf-8"))) if isinstance(one, RunRecord)]
+def tables(kept: Path) -> str:
+    """Return a table of methods for each model in a file of records, with what it scored before training."""
+    runs = [record for record in read_records([kept]) if isinstance(record, RunRecord)]
     return "\n\n".join(_table(group) for group in comparisons(runs))
 
 
 def _table(group: list[RunRecord]) -> str:
-    methods = ranked(replicates(group))
-    found = summary_table(methods)
-    kept = [j for j, name in enumerate(found.header) if name != SAME]
+    found = summary_table(ranked(replicates(group)))
+    kept = [column for column, name in enumerate(found.header) if name != SAME]
     table = Table([found.header[j] for j in kept], [[row[j] for j in kept] for row in found.rows])
-    seconds = sum(record.cost.seconds or 0.0 for record in group)
-    before = {name: score for name, score in zip(group[0].tasks, group[0].scores[0], strict=True) if score is not None}
-    untrained = ", ".join(f"{name} {score:.1f}" for name, score in before.items())
-    lead = f"{group[0].model}, {len(group)} runs, {seconds / 60:.0f} minutes. Before training: {untrained}."
-    return f"{lead}\n\n{table.markdown()}"
+    minutes = sum(record.cost.seconds or 0.0 for record in group) / 60
+    before = zip(group[0].tasks, group[0].scores[0], strict=True)
+    untrained = ", ".join(f"{task} {percent(score)}" for task, score in before)
+    return (
+        f"{len(group)} runs of {group[0].model}, {minutes:.0f} minutes. Before training: {untrained}."
+        f"\n\n{table.markdown()}"
+    )
 
 
-def with_table(page: str, name: str, table: str) -> str:
-    """Return a page with a table between its marks.
-
-    Raises:
-        SystemExit: the page has no marks for it.
-    """
-    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
-    if start not in page or end not in page:
-        raise SystemExit(f"{PAGE}: no place for {name}; put the lines {start} and {end} where its table belongs")
-    pattern = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    return pattern.sub(lambda _: f"{start}\n{table}\n{end}", page)
+def with_table(page: str, mark: str, table: str) -> str:
+    """Return a page with a table between the marks of that name."""
+    pattern = re.compile(rf"(<!-- {re.escape(mark)}: scripts/recipes_page\.py -->\n).*?(\n<!-- end -->)", re.S)
+    if not pattern.search(page):
+        raise SystemExit(f"{PAGE.name} has no marks for the table of {mark}")
+    return pattern.sub(lambda found: found[1] + table + found[2], page)
 
 
 def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for records in sorted(RESULTS.glob("*.json")):
-        write_page(records)
-        page = with_table(page, records.stem, tables(records))
+    for kept in sorted(RESULTS.glob("*.json")):
+        write_page(kept)
+        page = with_table(page, kept.stem, tables(kept))
     PAGE.write_text(page, encoding="utf-8")
 
 
