@@ -267,3 +267,11 @@ def test_floors_and_recalls_are_those_of_the_scored_rows(write: Write, llama_fol
     (record,), _ = run(stream, llama_folder, tmp_path / "out", methods="seqft")
     assert record["floors"] == {"first": 75.0}
     assert record["recall"] == {"first": {"a": 100.0, "z": 0.0}}
+
+
+def test_a_stream_may_bring_its_seeds(write: Write, llama_folder: Path, tmp_path: Path) -> None:
+    stream = write(seeds=[4, 5])
+    records, _ = run(stream, llama_folder, tmp_path / "own", methods="seqft", max_steps=1)
+    assert [record["seed"] for record in records] == [4, 5]
+    (record,), _ = run(stream, llama_folder, tmp_path / "asked", methods="seqft", max_steps=1, seeds=7)
+    assert record["seed"] == 7

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -203,6 +203,9 @@ class TaskStream(_Strict):
 
     orders: dict[str, list[str]] = {}
     """Names of tasks by the name of the order."""
+
+    seeds: list[Annotated[int, Field(ge=0)]] = []
+    """Seeds of a run that names none."""
 
     held_out: list[Ability] = []
     """What must not be forgotten."""

@@ -42,8 +42,9 @@ class RunConfig(BaseModel):
     orders: list[str] = []
     """Orders of the stream. Default: its first."""
 
-    seeds: list[Seed] = [0]
-    """One run for each: of the order of the rows, dropout, new adapters and whatever a method draws."""
+    seeds: list[Seed] = []
+    """One run for each: of the order of the rows, dropout, new adapters and whatever a method draws. Default: the
+    stream's own, else 0."""
 
     tasks: list[str] = []
     """Only these tasks of the stream; every output says so. Default: all."""
@@ -120,8 +121,6 @@ class RunConfig(BaseModel):
                 raise ValueError(f"--{name} names one twice: {' '.join(map(str, values))}")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError("--learning_rates holds one that is not above 0")
-        if not self.seeds:
-            raise ValueError("--seeds is empty; give at least one")
         return self
 
 

@@ -40,8 +40,8 @@ class Setup:
     """
 
     def __init__(self, config: RunConfig, stream: TaskStream | None = None) -> None:
-        self.config = config
         found = stream or find_stream(config.stream)
+        self.config = config = config.model_copy(update={"seeds": config.seeds or found.seeds or [0]})
         self.stream = found.within(config.data_dir).only(config.tasks)
         self.settings = chosen_settings(config, self.stream)
         self.orders: list[str | None] = list(config.orders) or [next(iter(self.stream.orders), None)]
