@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica.analysis.layers import describe_layer, energy_shares, spectrum_points, squared_share
+from lorica.analysis.layers import describe_layer, energy_shares, squared_share
 from lorica.errors import LoricaError
 from lorica.subspace.calibration import InputStatistics
+from lorica.subspace.linalg import spectrum_points
 from lorica.subspace.plan import PlanEntry
 from tests.builders import matrix, top_directions
 

@@ -104,3 +104,20 @@ def test_seqft_trains_what_osft_trains_in_float32(dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         assert parameter.dtype == dtype
         assert torch.equal(parameter, before[name]) == (name not in planned)
+
+
+def test_the_audit_hands_on_the_spectrum_that_it_split() -> None:
+    model = tiny("llama")
+    before = {
+        name: module.weight.detach().clone() for name, module in model.named_modules() if hasattr(module, "weight")
+    }
+    report = learnt("osft", model, unfreeze_rank_ratio=0.5).audit(model)
+    assert report is not None
+    for row in report.rows:
+        assert row.spectrum is not None
+        sigma = torch.linalg.svdvals(before[row.name].double())
+        shown = torch.tensor([sigma[index] for index in row.spectrum["index"]])
+        torch.testing.assert_close(torch.tensor(row.spectrum["sigma"], dtype=torch.float64), shown, rtol=1e-5, atol=0)
+    other = learnt("osft", tiny("llama"), source="activation", calibration="random").audit(model)
+    assert other is not None
+    assert {row.spectrum is None for row in other.rows} == {True}, "nothing was split"

@@ -12,13 +12,10 @@ from torch import Tensor
 
 from lorica.errors import LoricaError
 from lorica.subspace.calibration import InputStatistics
-from lorica.subspace.linalg import singular_values
+from lorica.subspace.linalg import singular_values, spectrum_points
 from lorica.subspace.plan import PlanEntry
 from lorica.subspace.ranks import effective_rank
 from lorica.subspace.sources import protected_directions
-
-POINTS = 64
-"""How many singular values of one weight are recorded at most."""
 
 
 class EnergyShares(NamedTuple):
@@ -59,18 +56,6 @@ def squared_share(sigma_S: Tensor, k: int) -> float | None:
     energy = sigma_S.square()
     total = energy.sum().item()
     return energy[:k].sum().item() / total if total > 0 else None
-
-
-def spectrum_points(sigma_S: Tensor, most: int = POINTS) -> dict[str, list[Any]]:
-    """Return at most ``most`` singular values at even distances, the first and the last among them.
-
-    Returns:
-        ``index``: which ones, counted from 0; ``sigma``: their values, six digits.
-    """
-    last = len(sigma_S) - 1
-    count = min(most, last + 1)
-    index = sorted({round(last * i / max(count - 1, 1)) for i in range(count)})
-    return {"index": index, "sigma": [float(f"{sigma_S[i].item():.6g}") for i in index]}
 
 
 def describe_layer(weight_MN: Tensor, entry: PlanEntry, statistics: InputStatistics) -> dict[str, Any]:

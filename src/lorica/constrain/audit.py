@@ -16,9 +16,10 @@ from lorica.constrain.checkpoint import Stripped, Weights, open_weights, prefix_
 from lorica.constrain.planning import UNFREEZE_RANK_RATIO
 from lorica.constrain.targets import is_target_key, natural_order
 from lorica.errors import LoricaError
+from lorica.subspace.linalg import spectrum_points
 from lorica.subspace.plan import MEASURED, Pair, Plan, PlanEntry
 from lorica.subspace.ranks import share_to_count
-from lorica.subspace.sources import Protected, protected_directions
+from lorica.subspace.sources import Protected, directions_and_spectrum
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -87,7 +88,7 @@ def audit_weight(
     """
     if before_MN.shape != after_MN.shape:
         raise LoricaError(f"{entry.name}: shape {tuple(before_MN.shape)} before and {tuple(after_MN.shape)} after")
-    directions = protected_directions(before_MN, entry, moment_NN, learned)
+    directions, sigma_S = directions_and_spectrum(before_MN, entry, moment_NN, learned)
     before = before_MN.double()
     delta = after_MN.double() - before
     leak_u, leak_v = _leaks(delta, directions, entry.constraint)
@@ -108,6 +109,7 @@ def audit_weight(
         relative_change=delta.norm().item() / max(before.norm().item(), _TINY),
         master_leak_u=None if master is None else master[0],
         master_leak_v=None if master is None else master[1],
+        spectrum=None if sigma_S is None else spectrum_points(sigma_S),
     )
 
 

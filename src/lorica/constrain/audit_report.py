@@ -37,6 +37,8 @@ class AuditRow:
         relative_change: |D| / |W before|.
         master_leak_u, master_leak_v: the same as ``leak_u``, ``leak_v`` of the change before it was rounded to
             the stored dtype; None where only stored weights are at hand.
+        spectrum: singular values of the weight before, thinned (see ``spectrum_points``), for the report; None
+            where the protected directions do not come from the weight.
     """
 
     name: str
@@ -52,6 +54,7 @@ class AuditRow:
     relative_change: float
     master_leak_u: float | None = None
     master_leak_v: float | None = None
+    spectrum: dict[str, list[Any]] | None = None
 
     @property
     def holds(self) -> bool:

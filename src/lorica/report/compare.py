@@ -21,6 +21,7 @@ from lorica.report.parts import Card, Fact, Part, plan_section
 from lorica.report.published import abilities_beside_section, published_section
 from lorica.report.records import RunRecord
 from lorica.report.replicates import MethodRuns, at_end, held_out, learned, replicates, transfer
+from lorica.report.spectra import spectra_section
 from lorica.report.standings import (
     chance_section,
     references,
@@ -77,6 +78,7 @@ def compare_part(runs: Sequence[RunRecord]) -> Part:
         methods_section(methods),
         sweep_section(methods),
         plan_section([one.entry() for one in methods]),
+        spectra_section([one.entry() for one in methods]),
         leaks_section(methods),
         costs_section(methods),
         rows_section(methods),

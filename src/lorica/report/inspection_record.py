@@ -7,14 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lorica.report.records import PlanEntry, Values, _Part, _Record
-
-
-class Spectrum(_Part):
-    """Some singular values of a weight: which ones, counted from 0, and their values."""
-
-    index: list[int] = Field(min_length=1)
-    sigma: list[float] = Field(min_length=1)
+from lorica.report.records import PlanEntry, Spectrum, Values, _Part, _Record
 
 
 class EnergyShares(_Part):

@@ -46,6 +46,13 @@ class PlanEntry(_Part):
     constraint: str
 
 
+class Spectrum(_Part):
+    """Some singular values of a weight, descending, and which they are, from 0."""
+
+    index: list[int] = Field(min_length=1)
+    sigma: list[float] = Field(min_length=1)
+
+
 class Leak(_Part):
     """Share of one weight's change in its protected directions, beside that of an unconstrained change.
 
@@ -58,6 +65,9 @@ class Leak(_Part):
     unconstrained_u: float | None = Field(default=None, ge=0)
     unconstrained_v: float | None = Field(default=None, ge=0)
     relative_change: float | None = None
+    shape: list[int] = []
+    k: int = 0
+    spectrum: Spectrum | None = None
 
 
 class LossPoint(_Part):

@@ -20,6 +20,7 @@ from lorica.report.parts import (
     rerun_section,
 )
 from lorica.report.records import LossPoint, Measured, TrainRecord
+from lorica.report.spectra import spectra_section
 from lorica.report.tables import MISSING, Table, duration, listed, scientific
 
 Change = tuple[str, float | None, float | None]
@@ -34,6 +35,7 @@ def update_part(record: TrainRecord) -> Part:
         _loss_section(entry),
         _data_section(record),
         plan_section([entry]),
+        spectra_section([entry]),
         leakage_section([entry]),
         cost_section([entry]),
         rerun_section([entry]),

@@ -7,7 +7,7 @@ Everything is computed in float64; the caller rounds once, at the end.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,6 +74,22 @@ def split(weight_MN: Tensor, k: int, *, method: Literal["gram", "svd"] = "gram")
 def singular_values(weight_MN: Tensor) -> Tensor:
     """Return all singular values of a weight, descending, in float64."""
     return split(weight_MN, 0).sigma_S
+
+
+POINTS = 64
+"""So many singular values are kept of a spectrum that is only to be drawn."""
+
+
+def spectrum_points(sigma_S: Tensor, most: int = POINTS) -> dict[str, list[Any]]:
+    """Return at most ``most`` singular values at even distances, the first and the last among them.
+
+    Returns:
+        ``index``: which ones, counted from 0; ``sigma``: their values, six digits.
+    """
+    last = len(sigma_S) - 1
+    count = min(most, last + 1)
+    index = sorted({round(last * i / max(count - 1, 1)) for i in range(count)})
+    return {"index": index, "sigma": [float(f"{sigma_S[i].item():.6g}") for i in index]}
 
 
 def _by(weight: Tensor) -> str:

@@ -46,32 +46,40 @@ def protected_directions(
         moment_NN: A, needed for the sources in ``MEASURED``.
         learned: P (M x J) and R (N x J), orthonormal columns, on any device; needed where the entry counts any.
     """
-    u, v = _of_source(weight_MN, entry, moment_NN)
+    return directions_and_spectrum(weight_MN, entry, moment_NN, learned)[0]
+
+
+def directions_and_spectrum(
+    weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None = None, learned: Pair | None = None
+) -> tuple[Protected, Tensor | None]:
+    """Return ``protected_directions`` and all singular values of the weight, None where it was not split for them."""
+    (u, v), sigma_S = _of_source(weight_MN, entry, moment_NN)
     if learned is None:
         if any(entry.learned):
             raise LoricaError(
                 f"{entry.name}: the plan protects directions that finished tasks learned in, which a saved plan does "
                 "not hold; set its 'learned' to [0, 0]: method osft adds them with protect_learned"
             )
-        return Protected(u, v)
+        return Protected(u, v), sigma_S
     p, r = learned
-    return Protected(
+    directions = Protected(
         u if entry.constraint == "input" else extended(u, p.to(u)),
         v if entry.constraint == "output" else extended(v, r.to(v)),
     )
+    return directions, sigma_S
 
 
-def _of_source(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None) -> Protected:
+def _of_source(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None) -> tuple[Protected, Tensor | None]:
     empty = [torch.zeros(size, 0, dtype=torch.float64, device=weight_MN.device) for size in weight_MN.shape]
     if entry.k == 0:
-        return Protected(*empty)
-    u, v = empty
+        return Protected(*empty), None
+    (u, v), sigma_S = empty, None
     if entry.source != "activation":
         try:
             parts = split(weight_MN, min(entry.k, *weight_MN.shape))
         except LoricaError as error:
             raise LoricaError(f"{entry.name}: {error}") from error
-        u, v = parts.u_MK, parts.v_NK
+        u, v, sigma_S = parts.u_MK, parts.v_NK, parts.sigma_S
     if entry.source in MEASURED:
         if moment_NN is None:
             raise LoricaError(
@@ -80,10 +88,11 @@ def _of_source(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None) ->
             )
         principal_NN = torch.linalg.eigh(moment_NN.double()).eigenvectors.flip(1).to(weight_MN.device)
         v = hybrid_inputs(principal_NN, v, entry.k)
-    return Protected(
+    directions = Protected(
         empty[0] if entry.constraint == "input" else u,
         empty[1] if entry.constraint == "output" else v,
     )
+    return directions, sigma_S
 
 
 def hybrid_inputs(principal_NN: Tensor, singular_NS: Tensor, k: int) -> Tensor:
