@@ -275,3 +275,13 @@ def test_a_stream_may_bring_its_seeds(write: Write, llama_folder: Path, tmp_path
     assert [record["seed"] for record in records] == [4, 5]
     (record,), _ = run(stream, llama_folder, tmp_path / "asked", methods="seqft", max_steps=1, seeds=7)
     assert record["seed"] == 7
+
+
+def test_a_missing_package_shows_before_anything_runs(
+    write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorica.methods.base.find_spec", lambda name: None)
+    message = r"stream 'letters', method 'olora': the method needs the package peft: pip install 'lorica\[peft\]'"
+    with pytest.raises(LoricaError, match=message):
+        run(write(), llama_folder, tmp_path / "out", methods=["seqft", "olora"])
+    assert not (tmp_path / "out").exists()

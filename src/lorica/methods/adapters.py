@@ -178,10 +178,8 @@ def _refuse_shared(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
 
 
 def _config(options: AdapterOptions, targets: Mapping[str, nn.Module]) -> Any:
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise LoricaError("LoRA methods need PEFT; install it with pip install 'lorica[peft]'") from error
+    from peft import LoraConfig
+
     return LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # a quotient is all that is made of it

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorica.constrain.audit_report import AuditReport
+from lorica.errors import LoricaError
 from lorica.methods.options import checked_options
 from lorica.methods.task import Rows, TaskData
 from lorica.registry import Registry
@@ -129,6 +131,9 @@ class Method:
     needs_task_id: ClassVar[bool] = False
     """Whether a row can be answered only by who knows which task it belongs to."""
 
+    extra: ClassVar[str] = ""
+    """The optional package that it cannot do without, which is also the name of Lorica's extra."""
+
     restarts: ClassVar[bool] = False
     """Whether every task starts from the model that came in, not from the one that the task before left."""
 
@@ -151,8 +156,11 @@ class Method:
         """Return the method with options by name.
 
         Raises:
-            LoricaError: an option that the method does not have, or a value of the wrong type or out of range.
+            LoricaError: an option that the method does not have, a value of the wrong type or out of range, or a
+                package is missing.
         """
+        if cls.extra and find_spec(cls.extra) is None:
+            raise LoricaError(f"the method needs the package {cls.extra}: pip install 'lorica[{cls.extra}]'")
         return cls(checked_options(cls.options_type, given))
 
     def learns(self, task: TaskData) -> bool:

@@ -27,6 +27,7 @@ class IncLoRA(Method):
     summary = "a new LoRA for each task, the earlier ones frozen"
     reproduction = "tested against the sum of frozen adapters; no published figure reproduced yet"
     learning_rate_scale = 10.0
+    extra = "peft"
 
     adapters: Adapters
     """Those of the current task."""

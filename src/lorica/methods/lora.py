@@ -31,6 +31,7 @@ class LoRA(Method):
     stores = "both factors (r x inputs and outputs x r, float32) of every adapted weight"
     reproduction = "tested against one PEFT LoRA that trains through; no published figure reproduced yet"
     learning_rate_scale = 10.0
+    extra = "peft"
 
     adapters: Adapters
     """Those of the current task."""

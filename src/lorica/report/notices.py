@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorica.report.ledger import file_notices, lost_rows
+from lorica.report.records import RunRecord
 from lorica.report.replicates import MethodRuns
 from lorica.report.tables import listed
 
@@ -80,11 +81,17 @@ def _steps(methods: Sequence[MethodRuns]) -> list[str]:
 
 
 def _unswept(methods: Sequence[MethodRuns]) -> list[str]:
-    without = [one.label for one in methods if all(cell.sweep is None for cell in one.cells)]
+    without = [one.label for one in methods if not any(cell.sweep or _rate_was_set(cell) for cell in one.cells)]
     if len(methods) < 2 or not without:
         return []
     whose = "any method" if len(without) == len(methods) else listed(without)
     return [f"These runs chose no learning rate for {whose}; a difference may be one of rates, not of methods."]
+
+
+def _rate_was_set(cell: RunRecord) -> bool:
+    """Tell whether the method's settings bring a rate of their own, chosen before these runs."""
+    settings = cell.config.get("settings")
+    return isinstance(settings, dict) and settings.get("learning_rate") == cell.learning_rate is not None
 
 
 def _edges(methods: Sequence[MethodRuns]) -> list[str]:
