@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from lorica.constrain.reduced import ReducedLinear, lift
+from lorica.constrain.reduced import ReducedLinear, lift, shared_product
 from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis
 
@@ -69,7 +70,8 @@ class SubspaceLayer(nn.Module):
 
     Attributes:
         core: M (P x Q), float32 (float64 for float64 weights), zero at first.
-        base: W0 in the dtype of the weight.
+        base: W0 (out, in) in the dtype of the weight: a buffer, or where it was set aside a plain tensor that stays
+            where it is.
         out_basis: Q_U.
         in_basis: Q_V.
     """
@@ -79,27 +81,43 @@ class SubspaceLayer(nn.Module):
     out_basis: Basis
     in_basis: Basis
     _plain: tuple[nn.Linear | Conv1D]
+    _exact: tuple[Basis, Basis] | None
+    """The bases of the fold, where those of the gradient are narrower; beside W0, so in no list of submodules."""
     _folded: tuple[int, ...]
     transposed = False
     """Whether the weight is stored (in, out)."""
 
     @classmethod
-    def wrap(cls, plain: nn.Linear | Conv1D, out_basis: Basis, in_basis: Basis) -> Self:
-        """Return the protected form of a layer; it shares the layer's parameters and keeps it for release."""
+    def wrap(cls, plain: nn.Linear | Conv1D, out_basis: Basis, in_basis: Basis, aside: Tensor | None = None) -> Self:
+        """Return the protected form of a layer; it shares the layer's parameters and keeps it for release.
+
+        Args:
+            plain: the layer.
+            out_basis, in_basis: Q_U and Q_V.
+            aside: a copy of the weight that lies elsewhere; by default one is made beside it. With it, bases wider
+                than the weight are kept there too, and the gradient is reduced by copies in the weight's dtype.
+        """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         own = {"_parameters": dict(plain._parameters), "_buffers": {}, "_modules": {}}
         layer.__dict__.update(plain.__dict__ | own)  # hooks are shared
         layer._plain = (plain,)  # in a tuple: not a submodule
-        layer._install(out_basis, in_basis)
+        layer._install(out_basis, in_basis, aside)
         return layer.train(plain.training)
 
-    def _install(self, out_basis: Basis, in_basis: Basis) -> None:
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        core = torch.zeros(out_basis.free, in_basis.free, dtype=wide, device=self.matrix.device)
-        self.core = Core(core)
-        self.out_basis, self.in_basis = out_basis.to(core.device), in_basis.to(core.device)
-        self.register_buffer("base", self.matrix.detach().clone(), persistent=False)
+    def _install(self, out_basis: Basis, in_basis: Basis, aside: Tensor | None) -> None:
+        device, dtype = self.matrix.device, self.matrix.dtype
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.core = Core(torch.zeros(out_basis.free, in_basis.free, dtype=wide, device=device))
+        self._exact = None
+        if aside is None:
+            self.register_buffer("base", self.matrix.detach().clone(), persistent=False)
+        else:
+            self.base = aside.T if self.transposed else aside
+            if dtype != wide:
+                self._exact = (out_basis.to(aside.device), in_basis.to(aside.device))
+                out_basis, in_basis = (copy.deepcopy(basis).to(dtype) for basis in self._exact)
+        self.out_basis, self.in_basis = out_basis.to(device), in_basis.to(device)
         self._folded = Core.state_of(self.core)
         _layers.add(self)
 
@@ -130,7 +148,22 @@ class SubspaceLayer(nn.Module):
 
         Not to be written to: where nothing is protected it is the core itself.
         """
-        return lift(self.core.detach(), self.out_basis, self.in_basis)
+        return self._lifted(self._origin())
+
+    def _origin(self) -> Tensor:
+        """Return W0 on the device of the weight.
+
+        What was set aside is copied even where it is on that device: a memory map begins at any address, and products
+        of the same numbers at another address can differ in their last bit.
+        """
+        aside = "base" not in self._buffers
+        return self.base.to(self.core.device, copy=True) if aside else self.base
+
+    def _lifted(self, origin: Tensor) -> Tensor:
+        out, inp = self._exact or (self.out_basis, self.in_basis)
+        if self._exact is not None and self.core.device != self.base.device:
+            out, inp = (copy.deepcopy(basis).to(self.core.device) for basis in (out, inp))
+        return lift(self.core.detach(), out.on(origin), inp.on(origin.T))
 
     @torch.no_grad()
     def fold(self) -> None:
@@ -139,7 +172,8 @@ class SubspaceLayer(nn.Module):
             raise LoricaError(
                 f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after"
             )
-        self.matrix.copy_(self.delta() + self.base)
+        origin = self._origin()
+        self.matrix.copy_(self._lifted(origin) + origin)
         self._folded = Core.state_of(self.core)
 
     def refresh(self) -> None:
@@ -148,10 +182,12 @@ class SubspaceLayer(nn.Module):
             self.fold()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.refresh()
         if torch.is_grad_enabled() and self.core.requires_grad:
-            return ReducedLinear.apply(x, self.core, self.matrix, self.bias, self.out_basis, self.in_basis)
+            product = shared_product(self.in_basis, x) if self.in_basis.shared and not compiling else None
+            return ReducedLinear.apply(x, self.core, self.matrix, self.bias, self.out_basis, self.in_basis, product)
         return F.linear(x, self.matrix, self.bias)  # type: ignore[arg-type]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorica.constrain.bases import WIDE, Bases
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer, matrix_of
+from lorica.constrain.origin import check_memory_mode, files_of, set_aside
 from lorica.constrain.targets import check_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
-from lorica.subspace.plan import Plan, PlanEntry
-from lorica.subspace.sources import free_bases, protected_directions
+from lorica.subspace.plan import Plan
 
 _RECORD = "_lorica_protection"
-_WIDE = (torch.float32, torch.float64)
 
 
-def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int], None] | None = None) -> nn.Module:
+def protect(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    memory: str = "fast",
+    progress: Callable[[str, int, int], None] | None = None,
+) -> nn.Module:
     """Constrain the planned weights in place; from here on any training leaves the protected directions alone.
 
     Each planned layer is replaced by a ``SubspaceLinear`` that shares its parameters. With nothing protected a layer of
@@ -29,8 +34,12 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
     any optimizer; build the optimizer after this call.
 
     Args:
-        model: the model that the plan was made for.
+        model: the model that the plan was made for. A model on the meta device gets layers without values: what
+            they would take can be counted before anything is loaded.
         plan: from ``lorica.plan`` or ``Plan.load``.
+        memory: ``fast``: all on the device of the weight. ``lean``: W0 (for weights of 16 bits also the float32 bases)
+            on the host, or where the weight itself is there in a memory map of the file it was loaded from; the
+            long-side basis read off the weight. The same constraint, slower steps.
         progress: called as ``progress(name, done, total)`` after each weight's split.
 
     Returns:
@@ -39,31 +48,29 @@ def protect(model: nn.Module, plan: Plan, *, progress: Callable[[str, int, int],
     Raises:
         LoricaError: the plan is empty, does not fit the model or asks for ``block`` (held by the optimizer, not
             by the model: see ``lorica.ConstrainedOptimizer``), ``train_also`` is no pattern or matches nothing,
-            or a weight holds NaN or inf. The model is then untouched.
+            ``memory`` is unknown, or a weight holds NaN or inf. The model is then untouched.
     """
+    check_memory_mode(memory)
     targets = fitting_targets(model, plan)
     _also_trained(model, plan)
+    bases, lean, files = Bases(plan, memory), memory == "lean", files_of(model)
     wrapped: dict[str, SubspaceLayer] = {}
     for done, entry in enumerate(plan.entries, start=1):
         if entry.constraint == "block":
             raise LoricaError(
                 f"{entry.name}: constraint 'block' is held by lorica.ConstrainedOptimizer, not by protect"
             )
-        if any(entry.protected) or matrix_of(targets[entry.name]).dtype not in _WIDE:
-            wrapped[entry.name] = _wrapped(targets[entry.name], entry, plan)
+        module = targets[entry.name]
+        if any(entry.protected) or matrix_of(module).dtype not in WIDE:
+            assert isinstance(module, nn.Linear | Conv1D)  # find_targets lets nothing else pass
+            sides = bases.of(entry, matrix_of(module).detach())
+            aside = set_aside(module.weight.detach(), files, f"{entry.name}.weight") if lean else None
+            wrapped[entry.name] = WRAPPERS[type(module)].wrap(module, *sides, aside)
         if progress:
             progress(entry.name, done, len(plan))
     freeze_all_but(model, plan, [targets[n].get_parameter("weight") for n in plan.names() if n not in wrapped])
     _swap(model, {id(targets[name]): layer for name, layer in wrapped.items()})
     return model
-
-
-def _wrapped(module: nn.Module, entry: PlanEntry, plan: Plan) -> SubspaceLayer:
-    matrix = matrix_of(module).detach()
-    directions = protected_directions(matrix, entry, plan.moment(entry.name), plan.learned(entry.name))
-    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    assert isinstance(module, nn.Linear | Conv1D)  # find_targets lets nothing else pass
-    return WRAPPERS[type(module)].wrap(module, *free_bases(directions, wide))
 
 
 def freeze_all_but(model: nn.Module, plan: Plan, weights: Sequence[nn.Parameter]) -> None:

@@ -5,13 +5,15 @@ Shape suffixes: T tokens, M output rows, N input columns, P / Q free output / in
 
 from __future__ import annotations
 
+import weakref
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorica.subspace.basis import Basis
+from lorica.subspace.basis import Basis, Everything
 
 ORDERS = ("input-first", "output-first", "both", "dense")
 """Ways to associate the product ``Q_U^T (dY^T X) Q_V``."""
@@ -26,6 +28,30 @@ def order_flops(tokens: int, out: Basis, inp: Basis) -> dict[str, int]:
         "both": tokens * (out.flops() + inp.flops() + 2 * p * q),
         "dense": tokens * 2 * m * n + m * inp.flops() + q * out.flops(),
     }
+
+
+_products: weakref.WeakKeyDictionary[Basis, tuple[weakref.ref[Tensor], int, Tensor]] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def shared_product(inp: Basis, x: Tensor) -> Tensor:
+    """Return ``X Q_V`` of the input that several layers get one after the other; computed once, for the first.
+
+    It is kept as long as that input lives, and by the layers for their backward pass, which then need the input itself
+    no more.
+    """
+    source, version, product = _products.get(inp, (None, 0, x))
+    if source is None or source() is not x or version != x._version:
+        product = inp.reduce(x)
+        drop = partial(_drop, weakref.ref(inp))
+        _products[inp] = (weakref.ref(x, drop), x._version, product)
+    return product
+
+
+def _drop(inp: weakref.ref[Basis], source: weakref.ref[Tensor]) -> None:
+    held = inp()
+    if held is not None and _products.get(held, (None,))[0] is source:
+        del _products[held]
 
 
 def core_gradient(dy_TM: Tensor, x_TN: Tensor, out: Basis, inp: Basis, order: str | None = None) -> Tensor:
@@ -58,15 +84,25 @@ def lift(core_PQ: Tensor, out: Basis, inp: Basis) -> Tensor:
 
 
 class ReducedLinear(torch.autograd.Function):
-    """``y = x W^T + b`` whose backward pass returns dX and the gradient of the core, never of W."""
+    """``y = x W^T + b`` whose backward pass returns dX and the gradient of the core, never of W.
+
+    Where ``X Q_V`` is at hand (``shared_product``) it is kept for the backward pass instead of X.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, core_PQ: Tensor, weight_MN: Tensor, bias: Tensor | None, out: Basis, inp: Basis
+        ctx: Any,
+        x: Tensor,
+        core_PQ: Tensor,
+        weight_MN: Tensor,
+        bias: Tensor | None,
+        out: Basis,
+        inp: Basis,
+        product: Tensor | None = None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight_MN)
-        ctx.out, ctx.inp = out, inp
-        ctx.core_dtype = core_PQ.dtype
+        ctx.save_for_backward(x if product is None else product, weight_MN)
+        ctx.out, ctx.inp = out, Everything(inp.free) if product is not None else inp
+        ctx.x_dtype, ctx.core_dtype = x.dtype, core_PQ.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, weight_MN, bias)
 
@@ -75,12 +111,13 @@ class ReducedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_MN = ctx.saved_tensors
         # Under autocast the output, and so dY, is narrower than the saved input and weight.
-        dx = (dy @ weight_MN.to(dy.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
+        dx = (dy @ weight_MN.to(dy.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
         dy_TM = dy.reshape(-1, dy.shape[-1])
         dcore = dbias = None
         if ctx.needs_input_grad[1]:
             x_TN = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-            dcore = core_gradient(dy_TM, x_TN, ctx.out, ctx.inp).to(ctx.core_dtype)
+            out, inp = ctx.out.on(weight_MN), ctx.inp.on(weight_MN.T)
+            dcore = core_gradient(dy_TM, x_TN, out, inp).to(ctx.core_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
             dbias = dy_TM.sum(0).to(ctx.bias_dtype)
-        return dx, dcore, None, dbias, None, None
+        return dx, dcore, None, dbias, *[None] * (len(ctx.needs_input_grad) - 4)

@@ -134,11 +134,12 @@ def check_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
         raise LoricaError("the model is already protected; call lorica.release(model) first")
     # By module, not by name: one module that is used in two places is no tie.
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    dry_run = all(parameter.is_meta for parameter in model.parameters())  # shapes alone, for a forecast
     for name, module in targets.items():
-        _check(name, module, owners)
+        _check(name, module, owners, dry_run=dry_run)
 
 
-def _check(name: str, module: nn.Module, owners: Mapping[int, int]) -> None:
+def _check(name: str, module: nn.Module, owners: Mapping[int, int], *, dry_run: bool) -> None:
     if type(module) not in WRAPPERS:
         known = ", ".join(kind.__name__ for kind in WRAPPERS)
         raise LoricaError(
@@ -148,7 +149,7 @@ def _check(name: str, module: nn.Module, owners: Mapping[int, int]) -> None:
     if "forward" in vars(module):
         raise LoricaError(f"{name} has a replaced forward (offloading, device_map); load the model on one device")
     weight = module.get_parameter("weight")
-    if weight.is_meta:
+    if weight.is_meta and not dry_run:
         raise LoricaError(f"{name} has no values yet (meta device); load the weights before lorica.protect")
     if weight.dtype not in DTYPES or type(weight.data) is not Tensor:
         kind = weight.dtype if weight.dtype not in DTYPES else type(weight.data).__name__

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorica.constrain.audit_report import AuditReport
+from lorica.constrain.origin import MemoryMode
 from lorica.errors import LoricaError
 from lorica.methods.options import checked_options
 from lorica.methods.task import Rows, TaskData
@@ -45,13 +46,14 @@ class Protection(Targets):
 
     Attributes:
         calibration: where none is given and it is needed, "self" for causal models and "random" for others.
-        plan: a finished plan, instead of all other options but ``protect_learned``.
+        plan: a finished plan, instead of all other options but ``protect_learned`` and ``memory_mode``.
         protect_learned: share of min(M, N), 0 to 1: so many of the top directions of what the finished tasks
             changed in a weight are protected besides. None: none; 0 also gives up those of earlier updates.
         remember_inputs: add what each finished task's inputs were to the calibration of the next ones; for the
             sources ``activation`` and ``hybrid``.
         remember_rows: how many training rows of a task stand for its inputs.
         rank_schedule: protected share, 0 to 1, of each task in order; the last is for all further ones.
+        memory_mode: as ``memory`` of ``lorica.protect``.
     """
 
     unfreeze_rank_ratio: float | None = None
@@ -69,6 +71,7 @@ class Protection(Targets):
     remember_inputs: bool = False
     remember_rows: int = REMEMBER_ROWS
     rank_schedule: Sequence[float] | None = None
+    memory_mode: MemoryMode = "fast"
 
     def __post_init__(self) -> None:
         if self.protect_learned is not None and not 0 <= self.protect_learned <= 1:

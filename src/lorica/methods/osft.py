@@ -25,7 +25,8 @@ from lorica.subspace.plan import MEASURED, Plan
 LEARNED, INPUTS = "learned.", "inputs."
 """What the names in the state begin with."""
 
-_BETWEEN_TASKS = ("protect_learned", "remember_inputs", "remember_rows", "rank_schedule")
+_NOT_PLANNED = ("plan", "protect_learned", "remember_inputs", "remember_rows", "rank_schedule", "memory_mode")
+"""Options that are no arguments of ``lorica.plan``."""
 
 
 @METHODS.register("osft")
@@ -52,7 +53,7 @@ class OSFT(Method):
     def __init__(self, protection: Protection) -> None:
         super().__init__(protection)
         self.protection = protection
-        beside = sorted(protection.given() - {"plan", "protect_learned"})
+        beside = sorted(protection.given() - {"plan", "protect_learned", "memory_mode"})
         if protection.plan is not None and beside:
             raise LoricaError(f"{beside[0]} has no effect beside a plan: say it in the plan")
         self.learned = LearnedDirections(protection.protect_learned or 0.0)
@@ -63,9 +64,11 @@ class OSFT(Method):
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
         self.plan = self._plan(model, task.index)
         if any(entry.constraint == "block" for entry in self.plan.entries):
+            if self.protection.memory_mode != "fast":
+                raise LoricaError("memory_mode 'lean' has no effect with constraint 'block', which the optimizer holds")
             self._constraints = block_constraints(model, self.plan)
         else:
-            protect(model, self.plan, progress=progress)
+            protect(model, self.plan, memory=self.protection.memory_mode, progress=progress)
         if self._constraints is not None or self.protection.protect_learned:
             dense = [name for name in self.plan.names() if name not in protected_layers(model)]
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in dense}
@@ -87,8 +90,7 @@ class OSFT(Method):
     def _planning(self, model: nn.Module, index: int) -> dict[str, Any]:
         """Return the arguments of ``lorica.plan`` for a task."""
         asked = self.protection
-        without = ("plan", *_BETWEEN_TASKS)
-        options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in without}
+        options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in _NOT_PLANNED}
         if asked.rank_schedule is not None:
             options["effective_rank"] = float(asked.rank_schedule[min(index, len(asked.rank_schedule) - 1)])
         if asked.calibration is None and (asked.source in MEASURED or asked.ranks == "importance"):

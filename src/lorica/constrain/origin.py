@@ -1,0 +1,92 @@
+"""Where W0 lies, the weight that came in: beside the weight, or out of the way until the fold asks for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lorica.constrain.checkpoint import FolderWeights, Weights
+from lorica.errors import LoricaError, did_you_mean
+
+MemoryMode = Literal["fast", "lean"]
+
+MEMORY_MODES: dict[str, str] = {
+    "fast": "all on the device of the weight",
+    "lean": "W0 on the host (a memory map where the weight itself is there), long-side bases read off the weight",
+}
+
+
+def check_memory_mode(name: str) -> None:
+    """Refuse an unknown memory mode.
+
+    Raises:
+        LoricaError: with the modes that there are.
+    """
+    if name not in MEMORY_MODES:
+        known = ", ".join(MEMORY_MODES)
+        raise LoricaError(f"memory {name!r} is unknown; known: {known}.{did_you_mean(name, MEMORY_MODES)}")
+
+
+def files_of(model: nn.Module) -> Weights | None:
+    """Return the safetensors that a model was loaded from, if they lie in a folder of this machine."""
+    folder = getattr(model, "name_or_path", "")
+    if not folder or not Path(folder).is_dir():
+        return None
+    try:
+        return FolderWeights(Path(folder))
+    except LoricaError:  # an adapter, pickles, nothing: the weights came from elsewhere
+        return None
+
+
+def set_aside(weight: Tensor, files: Weights | None, key: str) -> Tensor:
+    """Return a copy of a weight that takes no memory of the weight's device.
+
+    For a weight on an accelerator that is host memory, page-locked where that is possible. For one on the CPU it is a
+    memory map, whose pages the system may drop and read again: of the file that the weight was loaded from, where
+    that still holds the same numbers, else of a nameless file in the folder for temporary files (``TMPDIR``).
+
+    Args:
+        weight: as it is stored.
+        files: where it may have been loaded from.
+        key: its name there.
+    """
+    if weight.is_meta:
+        return torch.empty_like(weight)
+    if weight.device.type != "cpu":
+        host = torch.empty_like(weight, device="cpu", pin_memory=weight.is_cuda)
+        return host.copy_(weight)
+    held = files is not None and key in files and files.shape(key) == weight.shape
+    stored = files.tensor(key) if held and files is not None else None
+    same = stored is not None and stored.dtype == weight.dtype and torch.equal(stored, weight)
+    return stored if same and stored is not None else _mapped_copy(weight)
+
+
+def _mapped_copy(weight: Tensor) -> Tensor:
+    with tempfile.NamedTemporaryFile(prefix="lorica-", suffix=".weight", delete=False) as file:
+        name = Path(file.name)
+        try:
+            _reserve(file.fileno(), weight.nbytes)
+            mapped = torch.from_file(str(name), shared=True, size=weight.numel(), dtype=weight.dtype)
+        except (OSError, RuntimeError) as error:
+            raise LoricaError(
+                f"memory 'lean' keeps a copy of the weights in {name.parent}, which has no room for it ({error}); "
+                "set TMPDIR to a folder with room, or use memory 'fast'"
+            ) from error
+        finally:
+            with contextlib.suppress(OSError):  # where a mapped file cannot be removed, the system's cleaning finds it
+                name.unlink()
+    return mapped.view(weight.shape).copy_(weight)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the room now: a map that finds the disk full ends the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
