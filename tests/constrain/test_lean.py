@@ -119,7 +119,7 @@ def test_a_folder_without_room_is_one_clear_error(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(os, "posix_fallocate", full)
     model = Stack(SHAPES)
-    with pytest.raises(LoricaError, match="no room for it.*TMPDIR.*memory 'fast'"):
+    with pytest.raises(LoricaError, match=r"no room for it.*TMPDIR.*memory 'fast'"):
         lorica.protect(model, plan_for(model, 4), memory="lean")
     assert list(tmp_path.iterdir()) == []
     assert not protected_layers(model)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import SGD
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments
 
 from lorica.constrain.protect import protected_layers
@@ -57,6 +58,20 @@ def test_accumulation_is_one_large_batch() -> None:
         SGD(trainable(model), lr=1e-3).step()
         forward(model)
         assert_folded(model)
+
+
+def test_accumulation_keeps_core_gradients_alone_and_a_step_costs_the_same() -> None:
+    costs = []
+    for parts in (1, 4):
+        model = small()
+        for seed in range(parts):
+            loss_of(model, seed).backward()
+            held = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+            assert held == {f"layers.{i}.core" for i in (0, 1)}
+        with FlopCounterMode(display=False) as counter:
+            SGD(trainable(model), lr=1e-3).step()
+        costs.append(counter.get_total_flops())
+    assert costs[0] == costs[1] > 0
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -173,7 +173,7 @@ class SubspaceLayer(nn.Module):
                 f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after"
             )
         origin = self._origin()
-        self.matrix.copy_(self._lifted(origin) + origin)
+        torch.add(self._lifted(origin), origin, out=self.matrix)
         self._folded = Core.state_of(self.core)
 
     def refresh(self) -> None:
