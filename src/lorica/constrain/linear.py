@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +54,18 @@ class Core(nn.Parameter):
         return id(core), core._version, getattr(core, "handed_out", 0)
 
 
+class Aside(NamedTuple):
+    """What the fold needs and nothing else does, kept off the device of the weight.
+
+    Attributes:
+        weight: W0 as it is stored.
+        bases: Q_U and Q_V in float32, where the gradient is reduced by narrower copies; None: it uses the same.
+    """
+
+    weight: Tensor
+    bases: tuple[Basis, Basis] | None
+
+
 class SubspaceLayer(nn.Module):
     """What the protected forms of ``nn.Linear`` and GPT-2's ``Conv1D`` share.
 
@@ -88,14 +99,14 @@ class SubspaceLayer(nn.Module):
     """Whether the weight is stored (in, out)."""
 
     @classmethod
-    def wrap(cls, plain: nn.Linear | Conv1D, out_basis: Basis, in_basis: Basis, aside: Tensor | None = None) -> Self:
+    def wrap(cls, plain: nn.Linear | Conv1D, out_basis: Basis, in_basis: Basis, aside: Aside | None = None) -> Self:
         """Return the protected form of a layer; it shares the layer's parameters and keeps it for release.
 
         Args:
             plain: the layer.
             out_basis, in_basis: Q_U and Q_V.
-            aside: a copy of the weight that lies elsewhere; by default one is made beside it. With it, bases wider
-                than the weight are kept there too, and the gradient is reduced by copies in the weight's dtype.
+            aside: a copy of the weight, and perhaps of the bases, that lies elsewhere; by default W0 is copied beside
+                the weight. With bases there, the gradient is reduced by copies in the dtype of the weight.
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -105,19 +116,17 @@ class SubspaceLayer(nn.Module):
         layer._install(out_basis, in_basis, aside)
         return layer.train(plain.training)
 
-    def _install(self, out_basis: Basis, in_basis: Basis, aside: Tensor | None) -> None:
+    def _install(self, out_basis: Basis, in_basis: Basis, aside: Aside | None) -> None:
         device, dtype = self.matrix.device, self.matrix.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.core = Core(torch.zeros(out_basis.free, in_basis.free, dtype=wide, device=device))
-        self._exact = None
+        self._exact = None if aside is None else aside.bases
         if aside is None:
             self.register_buffer("base", self.matrix.detach().clone(), persistent=False)
         else:
-            self.base = aside.T if self.transposed else aside
-            if dtype != wide:
-                self._exact = (out_basis.to(aside.device), in_basis.to(aside.device))
-                out_basis, in_basis = (copy.deepcopy(basis).to(dtype) for basis in self._exact)
-        self.out_basis, self.in_basis = out_basis.to(device), in_basis.to(device)
+            self.base = aside.weight.T if self.transposed else aside.weight
+        kept = dtype if self._exact else wide
+        self.out_basis, self.in_basis = out_basis.to(device, kept), in_basis.to(device, kept)
         self._folded = Core.state_of(self.core)
         _layers.add(self)
 
@@ -160,9 +169,8 @@ class SubspaceLayer(nn.Module):
         return self.base.to(self.core.device, copy=True) if aside else self.base
 
     def _lifted(self, origin: Tensor) -> Tensor:
-        out, inp = self._exact or (self.out_basis, self.in_basis)
-        if self._exact is not None and self.core.device != self.base.device:
-            out, inp = (copy.deepcopy(basis).to(self.core.device) for basis in (out, inp))
+        sides = self._exact or (self.out_basis, self.in_basis)
+        out, inp = (basis.mapped(lambda kept: kept.to(origin.device)) for basis in sides)
         return lift(self.core.detach(), out.on(origin), inp.on(origin.T))
 
     @torch.no_grad()

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lorica.constrain.checkpoint import FolderWeights, Weights
+from lorica.constrain.linear import Aside
 from lorica.errors import LoricaError, did_you_mean
+from lorica.subspace.basis import Basis
 
 MemoryMode = Literal["fast", "lean"]
 
@@ -42,6 +44,13 @@ def files_of(model: nn.Module) -> Weights | None:
         return FolderWeights(Path(folder))
     except LoricaError:  # an adapter, pickles, nothing: the weights came from elsewhere
         return None
+
+
+def lean(weight: Tensor, bases: tuple[Basis, Basis], files: Weights | None, key: str) -> Aside:
+    """Set a weight aside, and with a weight of 16 bits its float32 bases. Arguments as for ``set_aside``."""
+    narrow = weight.dtype in (torch.bfloat16, torch.float16)
+    out, inp = (basis.mapped(lambda kept: set_aside(kept, None, "")) if narrow else basis for basis in bases)
+    return Aside(set_aside(weight, files, key), (out, inp) if narrow else None)
 
 
 def set_aside(weight: Tensor, files: Weights | None, key: str) -> Tensor:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.constrain.bases import WIDE, Bases
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer, matrix_of
-from lorica.constrain.origin import check_memory_mode, files_of, set_aside
+from lorica.constrain.origin import check_memory_mode, files_of, lean
 from lorica.constrain.targets import check_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.plan import Plan
@@ -53,7 +53,7 @@ def protect(
     check_memory_mode(memory)
     targets = fitting_targets(model, plan)
     _also_trained(model, plan)
-    bases, lean, files = Bases(plan, memory), memory == "lean", files_of(model)
+    bases, files = Bases(plan, memory), files_of(model)
     wrapped: dict[str, SubspaceLayer] = {}
     for done, entry in enumerate(plan.entries, start=1):
         if entry.constraint == "block":
@@ -64,7 +64,9 @@ def protect(
         if any(entry.protected) or matrix_of(module).dtype not in WIDE:
             assert isinstance(module, nn.Linear | Conv1D)  # find_targets lets nothing else pass
             sides = bases.of(entry, matrix_of(module).detach())
-            aside = set_aside(module.weight.detach(), files, f"{entry.name}.weight") if lean else None
+            aside = None
+            if memory == "lean":
+                aside = lean(module.weight.detach(), sides, files, f"{entry.name}.weight")
             wrapped[entry.name] = WRAPPERS[type(module)].wrap(module, *sides, aside)
         if progress:
             progress(entry.name, done, len(plan))

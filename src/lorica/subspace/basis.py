@@ -6,7 +6,9 @@ D x F matrix Q that only differs in how it is stored; none of them is ever a bra
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,12 @@ class Basis(nn.Module):
     def on(self, weight_DS: Tensor) -> Basis:
         """Return a basis that can be multiplied by; ``weight_DS`` is the weight, with this side's dimension first."""
         return self
+
+    def mapped(self, form: Callable[[Tensor], Tensor]) -> Self:
+        """Return this basis with a function applied to each of its stored tensors, such as one that moves them."""
+        twin = copy.copy(self)
+        twin._buffers = {name: form(buffer) for name, buffer in self.named_buffers(recurse=False)}
+        return twin
 
     def reduce(self, rows: Tensor) -> Tensor:
         """Return ``rows Q``: (..., D) to (..., F), in the dtype of ``rows``."""
