@@ -165,6 +165,14 @@ class UpdateConfig(BaseModel):
     dtype: str = "auto"
     """Dtype of the weights: auto (as they are saved), float32, bfloat16 or float16."""
 
+    memory_mode: Literal["fast", "lean"] = "fast"
+    """fast: all on one device. lean: W0 on the host or memory-mapped, long-side bases read off the weights; the same
+    constraint in less memory, slower steps."""
+
+    optimizer_in_backward: bool = False
+    """Step each weight as soon as the backward pass has its gradient, and free it: one gradient at a time in memory
+    instead of all. Needs --max_grad_norm 0 and no gradient accumulation; the weights come out the same."""
+
     model_revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 

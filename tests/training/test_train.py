@@ -98,6 +98,8 @@ def test_update_of_an_encoder_decoder(t5_folder: Path, rows: Rows, tmp_path: Pat
         {"constraint": "output"},
         {"constraint": "block", "max_grad_norm": 0.1},
         {"source": "activation"},
+        {"memory_mode": "lean"},
+        {"memory_mode": "lean", "dtype": "bfloat16", "max_steps": 30},
         {"ranks": "energy"},
         {"ranks": "effective-rank", "rank_pattern": {"down_proj": 0.9}},
         {"train_also": ["norm"], "optim": "adafactor"},
@@ -109,6 +111,22 @@ def test_every_protection_holds(options: dict[str, Any], llama_folder: Path, row
     assert any("the constraint holds in all 14 weights" in line for line in told), told
     assert all(row["holds"] for row in record["leakage"])
     assert all(row["relative_change"] > 1e-4 for row in record["leakage"]), "every weight has learned"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "seqft"}, "memory_mode has no effect with method 'seqft'"),
+        ({"constraint": "block"}, "memory_mode 'lean' has no effect with constraint 'block'"),
+    ],
+    ids=["another method", "another engine"],
+)
+def test_a_memory_mode_without_effect_is_refused(
+    options: dict[str, Any], message: str, llama_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    with pytest.raises(LoricaError, match=message):
+        run(llama_folder, tmp_path / "out", rows("new"), memory_mode="lean", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_protected_is_the_plain_trainer_bitwise(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
