@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from lorica.errors import LoricaError
 from lorica.subspace.plan import PlanEntry
-from lorica.subspace.sources import extended, hybrid_inputs, protected_directions
+from lorica.subspace.sources import directions_and_spectrum, extended, hybrid_inputs, protected_directions
+from lorica.subspace.store import SplitStore
 from tests.builders import SHAPES, matrix, top_directions
 
 EYE = torch.eye(6, dtype=torch.float64)
@@ -118,6 +120,32 @@ def test_learned_directions_join_the_sides_that_are_protected(constraint: Any, c
         if side.shape[1]:
             assert is_orthonormal(side)
             assert outside(torch.cat([source, more], dim=1), side) < 1e-9
+
+
+@pytest.mark.parametrize("source", ["weight", "hybrid"])
+def test_directions_come_from_the_store_where_one_is_given(source: Any, tmp_path: Path) -> None:
+    w = matrix(260, 256)
+    a = moment(256)
+    entry = PlanEntry(name="layer", shape=(260, 256), k=100, source=source, constraint="two-sided")
+    plain, sigma = directions_and_spectrum(w, entry, a)
+    assert not list(tmp_path.iterdir())
+    store = SplitStore(tmp_path)
+    for _ in range(2):  # computed, then read
+        kept, kept_sigma = directions_and_spectrum(w, entry, a, store=store)
+        assert torch.equal(kept.u_MA, plain.u_MA)
+        assert torch.equal(kept.v_NB, plain.v_NB)
+        assert sigma is not None
+        assert kept_sigma is not None
+        assert torch.equal(kept_sigma, sigma)
+        assert len(list(tmp_path.iterdir())) == 2  # the split, and what "layer" was
+    assert torch.equal(protected_directions(w, entry, a, store=store).v_NB, plain.v_NB)
+
+
+def test_a_weight_that_cannot_be_split_is_named_with_a_store_too(tmp_path: Path) -> None:
+    w = matrix(6, 4)
+    w[0, 0] = torch.nan
+    with pytest.raises(LoricaError, match="layer: the 6 x 4 weight holds NaN or inf"):
+        protected_directions(w, PlanEntry(name="layer", shape=(6, 4), k=2), store=SplitStore(tmp_path))
 
 
 def test_learned_directions_that_are_not_at_hand_are_missed() -> None:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorica.errors import LoricaError
 from lorica.subspace import linalg
-from lorica.subspace.linalg import is_orthonormal, orthonormalise, singular_values, split
+from lorica.subspace.linalg import half_split, is_orthonormal, orthonormalise, singular_values, split, whole_split
 from tests.builders import SHAPES, matrix, top_directions
 
 
@@ -114,6 +117,68 @@ def test_the_gram_path_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> 
 def test_low_precision_weights_are_split_as_the_numbers_they_hold() -> None:
     w = matrix(12, 10, dtype=torch.bfloat16)
     torch.testing.assert_close(singular_values(w), torch.linalg.svdvals(w.double()))
+
+
+def test_other_counts_come_from_the_same_half() -> None:
+    w = matrix(30, 20)
+    half = half_split(w)
+    for k in (0, 7, 20):
+        parts, expected = whole_split(w, half, k), split(w, k)
+        assert torch.equal(parts.u_MK, expected.u_MK)
+        assert torch.equal(parts.v_NK, expected.v_NK)
+
+
+@pytest.mark.parametrize("shape", [(2100, 3), (3, 2100), (1024, 5), (1025, 5)])
+def test_long_weights_are_split_piece_by_piece(shape: tuple[int, int]) -> None:
+    w = matrix(*shape)
+    parts = split(w, 3)
+    u, v = top_directions(w, 3)
+    torch.testing.assert_close(projector(parts.u_MK), projector(u), rtol=0, atol=1e-9)
+    torch.testing.assert_close(projector(parts.v_NK), projector(v), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["gram", "svd"])
+def test_the_weight_is_left_as_it_is(method: str) -> None:
+    w = torch.nn.Parameter(matrix(12, 8, dtype=torch.float64))
+    before = w.detach().clone()
+    parts = split(w, 4, method=method)
+    assert torch.equal(w, before)
+    assert not any(part.requires_grad for part in (parts.u_MK, parts.sigma_S, parts.v_NK))
+
+
+class LargestResult(TorchDispatchMode):
+    """Sees every operation and remembers the most float64 numbers that one of them gave."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("shape", [(5000, 8), (8, 5000)])
+def test_no_copy_of_the_weight_is_made_in_float64(shape: tuple[int, int]) -> None:
+    w = matrix(*shape)
+    with LargestResult() as seen:
+        parts = whole_split(w, half_split(w), 2)
+    assert seen.numbers == 5000 * 2  # the long side of the result
+    assert len(parts.sigma_S) == 8
+
+
+@pytest.mark.parametrize(("free", "cached", "moves"), [(10**6, 0, True), (10, 0, False), (10, 10**6, True)])
+def test_the_gpu_is_used_where_it_has_room(
+    monkeypatch: pytest.MonkeyPatch, free: int, cached: int, moves: bool
+) -> None:
+    w, moved = matrix(12, 8), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * cached)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: cached)
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: moved.append(self) or self)
+    split(w, 4)
+    assert bool(moved) == moves
 
 
 def test_a_union_drops_what_is_already_there() -> None:

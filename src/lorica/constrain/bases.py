@@ -8,12 +8,13 @@ from torch import Tensor
 from lorica.subspace.basis import Basis, Everything, free_basis
 from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import Protected, protected_directions
+from lorica.subspace.store import SplitStore
 
 WIDE = (torch.float32, torch.float64)
 
 
 class Bases:
-    """What the free directions of each weight are.
+    """What the free directions of each weight are; what was split before is read from the cache of splits.
 
     Args:
         plan: what is protected.
@@ -23,6 +24,7 @@ class Bases:
     def __init__(self, plan: Plan, memory: str) -> None:
         self.plan = plan
         self.lean = memory == "lean"
+        self._store = SplitStore.from_environment()
         self._shared: list[tuple[int, Tensor, Basis]] = []
 
     def of(self, entry: PlanEntry, weight_MN: Tensor) -> tuple[Basis, Basis]:
@@ -48,7 +50,8 @@ class Bases:
             a, b = entry.protected
             blank = torch.empty(0, dtype=torch.float64, device="meta")
             return Protected(blank.new_empty(m, a), blank.new_empty(n, b))
-        return protected_directions(weight_MN, entry, self.plan.moment(entry.name), self.plan.learned(entry.name))
+        known = (self.plan.moment(entry.name), self.plan.learned(entry.name))
+        return protected_directions(weight_MN, entry, *known, self._store)
 
     def _input_alone(self, entry: PlanEntry) -> Tensor | None:
         """Return the measured moment where it alone, and not the weight, says what is protected."""

@@ -19,6 +19,7 @@ from lorica.constrain.protect import fitting_targets, freeze_all_but
 from lorica.errors import LoricaError
 from lorica.subspace.plan import Plan
 from lorica.subspace.sources import protected_directions
+from lorica.subspace.store import SplitStore
 
 
 class WeightConstraint(Protocol):
@@ -91,6 +92,7 @@ def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Weight
     """
     targets = fitting_targets(model, plan)
     constraints: dict[nn.Parameter, WeightConstraint] = {}
+    store = SplitStore.from_environment()
     for entry in plan.entries:
         module = targets[entry.name]
         weight_MN = matrix_of(module).detach()
@@ -99,7 +101,7 @@ def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Weight
         if weight_MN.dtype not in (torch.float32, torch.float64):
             raise LoricaError(f"{entry.name} is {weight_MN.dtype}; constraint 'block' needs float32 weights")
         if any(entry.protected):
-            u_MK, v_NK = protected_directions(weight_MN, entry, learned=plan.learned(entry.name))
+            u_MK, v_NK = protected_directions(weight_MN, entry, learned=plan.learned(entry.name), store=store)
             transposed = WRAPPERS[type(module)].transposed
             constraints[module.get_parameter("weight")] = Block(weight_MN, u_MK, v_NK, transposed=transposed)
     freeze_all_but(model, plan, [targets[name].get_parameter("weight") for name in plan.names()])

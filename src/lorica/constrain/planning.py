@@ -12,8 +12,8 @@ from lorica.constrain.targets import ends_in, family, find_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace import ranks as policies
 from lorica.subspace.calibration import Batch, InputStatistics, observe, own_text, random_tokens
-from lorica.subspace.linalg import singular_values
 from lorica.subspace.plan import MEASURED, Constraint, Plan, PlanEntry, Source
+from lorica.subspace.store import SplitStore
 
 RANDOM_LENGTH = 64
 """Length of the sequences of random tokens, where the model has that many positions."""
@@ -198,6 +198,7 @@ def _counts(
     retention: tuple[float, float],
 ) -> Callable[[PlanEntry], dict[str, Any]]:
     """Return what a policy says of one entry: its k, and why."""
+    store = SplitStore.from_environment()
     if ranks == "importance":
         shares = policies.importance_shares({n: one.similarity for n, one in observed.items()}, *retention)
         return lambda e: {
@@ -208,11 +209,11 @@ def _counts(
         if isinstance(protected, int):
             raise LoricaError("ranks 'energy' needs a share, not a count: give unfreeze_rank_ratio")
         return lambda e: {
-            "k": policies.energy_rank(_spectrum(e.name, weights), protected),
+            "k": policies.energy_rank(_spectrum(e.name, weights, store), protected),
             "why": f"energy: {protected:g} of the squared spectrum",
         }
     if ranks == "effective-rank":
-        return lambda e: _effective(policies.effective_rank(_spectrum(e.name, weights)), e)
+        return lambda e: _effective(policies.effective_rank(_spectrum(e.name, weights, store)), e)
     return lambda e: {"k": _count("effective_rank", protected, e), "why": f"uniform: {protected:g} protected"}
 
 
@@ -220,9 +221,9 @@ def _effective(rank: float, entry: PlanEntry) -> dict[str, Any]:
     return {"k": min(entry.limit, int(rank + 1e-9)), "why": f"effective rank {rank:.1f}"}
 
 
-def _spectrum(name: str, weights: Mapping[str, Tensor]) -> Tensor:
+def _spectrum(name: str, weights: Mapping[str, Tensor], store: SplitStore) -> Tensor:
     try:
-        return singular_values(weights[name])
+        return store.singular_values(weights[name], name)
     except LoricaError as error:
         raise LoricaError(f"{name}: {error}") from error
 

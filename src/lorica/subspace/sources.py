@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.basis import Basis, free_basis
 from lorica.subspace.linalg import split
 from lorica.subspace.plan import MEASURED, Pair, PlanEntry
+from lorica.subspace.store import SplitStore
 
 DEPENDENT = 1e-6
 """A unit vector with less than this outside a basis adds no direction to it: that much is rounding of float32."""
@@ -28,7 +28,11 @@ class Protected(NamedTuple):
 
 
 def protected_directions(
-    weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None = None, learned: Pair | None = None
+    weight_MN: Tensor,
+    entry: PlanEntry,
+    moment_NN: Tensor | None = None,
+    learned: Pair | None = None,
+    store: SplitStore | None = None,
 ) -> Protected:
     """Return the directions that an entry protects.
 
@@ -45,15 +49,20 @@ def protected_directions(
         entry: source, constraint and k.
         moment_NN: A, needed for the sources in ``MEASURED``.
         learned: P (M x J) and R (N x J), orthonormal columns, on any device; needed where the entry counts any.
+        store: where splits are kept; without one the weight is split anew, which is what an audit should do.
     """
-    return directions_and_spectrum(weight_MN, entry, moment_NN, learned)[0]
+    return directions_and_spectrum(weight_MN, entry, moment_NN, learned, store)[0]
 
 
 def directions_and_spectrum(
-    weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None = None, learned: Pair | None = None
+    weight_MN: Tensor,
+    entry: PlanEntry,
+    moment_NN: Tensor | None = None,
+    learned: Pair | None = None,
+    store: SplitStore | None = None,
 ) -> tuple[Protected, Tensor | None]:
     """Return ``protected_directions`` and all singular values of the weight, None where it was not split for them."""
-    (u, v), sigma_S = _of_source(weight_MN, entry, moment_NN)
+    (u, v), sigma_S = _of_source(weight_MN, entry, moment_NN, store)
     if learned is None:
         if any(entry.learned):
             raise LoricaError(
@@ -69,14 +78,17 @@ def directions_and_spectrum(
     return directions, sigma_S
 
 
-def _of_source(weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None) -> tuple[Protected, Tensor | None]:
+def _of_source(
+    weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None, store: SplitStore | None
+) -> tuple[Protected, Tensor | None]:
     empty = [torch.zeros(size, 0, dtype=torch.float64, device=weight_MN.device) for size in weight_MN.shape]
     if entry.k == 0:
         return Protected(*empty), None
     (u, v), sigma_S = empty, None
     if entry.source != "activation":
         try:
-            parts = split(weight_MN, min(entry.k, *weight_MN.shape))
+            k = min(entry.k, *weight_MN.shape)
+            parts = split(weight_MN, k) if store is None else store.split(weight_MN, k, entry.name)
         except LoricaError as error:
             raise LoricaError(f"{entry.name}: {error}") from error
         u, v, sigma_S = parts.u_MK, parts.v_NK, parts.sigma_S
@@ -125,8 +137,3 @@ def extended(basis_DK: Tensor, vectors_DJ: Tensor) -> Tensor:
         return basis_DK
     u, sigma, _ = torch.linalg.svd(fresh_DJ, full_matrices=False, driver="gesvd" if fresh_DJ.is_cuda else None)
     return torch.cat([basis_DK, u[:, sigma > DEPENDENT]], dim=1)
-
-
-def free_bases(directions: Protected, dtype: torch.dtype) -> tuple[Basis, Basis]:
-    """Return (Q_U, Q_V), the bases of the free output and input directions, stored in ``dtype``."""
-    return free_basis(directions.u_MA, dtype), free_basis(directions.v_NB, dtype)
