@@ -1,179 +1,168 @@
-"""Step time and training state of Lorica, plain fine-tuning and the peers: same model, batch and data, in turn.
+"""Step time, training state and leakage of Lorica, plain fine-tuning, LoRA and the peers: same model, batch and data.
 
-    python benchmarks/step_time.py [--width 512] [--tokens 2048] [--repeats 15] [--output docs/results/step-time.json]
+    python benchmarks/step_time.py                                     # the built-in grid, about 35 minutes on 2 cores
+    python benchmarks/step_time.py --width 512 --layers 4 --tokens 2048 8192
 
 In each round every method takes one step on the same tokens, one method after the other, so that a drift of the
-machine's speed meets all alike. What is compared is the ratio to plain fine-tuning within a round; the table gives
-its median and quartiles. ``state`` counts parameters, buffers, gradients and optimizer state in bytes, after a step.
+machine's speed meets all alike; their order is shuffled from round to round, so that none always follows the same one.
+What is compared is the ratio to plain fine-tuning within a round; written are its median and quartiles.
 
+``state`` counts weights, bases, cores, gradients and optimizer state in bytes. ``leakage`` is the share of each
+method's change that lies in the protected directions of the weights that came in, computed anew in float64; the
+larger of both sides, over all weights. Written is one file per configuration; those that are there are not run again.
 Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import importlib.util
-import io
-import statistics
+import random
+import sys
 import time
-from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import lorica
-from lorica.record import environment, write_json
+from benchmarks.contestants import PLAIN, SHARES, Change, Contestant, Runner, batches, chosen, llama
+from benchmarks.measures import RESULTS, empty_cache, quartiles, state_of, write_result
+from lorica.constrain.audit import leakage
+from lorica.subspace.linalg import Split, split
 
-VOCABULARY = 512
-LAYERS = 4
-
-
-class Runner(NamedTuple):
-    """A method that is ready to step."""
-
-    model: nn.Module
-    optimizer: Optimizer
+WARM_UP, FEWEST, MOST = 1, 3, 15
+"""Rounds: unmeasured ones, and the least and most that are measured."""
 
 
-def llama(width: int, length: int) -> LlamaForCausalLM:
-    """Return the model that every method starts from."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=int(2.75 * width),
-        num_hidden_layers=LAYERS,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=length,
-    )
-    return LlamaForCausalLM(config)
+class Configuration(NamedTuple):
+    """One point of the grid."""
+
+    width: int
+    layers: int
+    tokens: int
+    length: int = 256
+    shares: tuple[float, ...] = SHARES
+
+    @property
+    def file(self) -> str:
+        return f"step-time-{self.width}x{self.layers}-{self.tokens}.json"
 
 
-def adamw(model: nn.Module) -> AdamW:
-    """Return the one optimizer of this comparison."""
-    return AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+GRID = [
+    *(Configuration(256, 4, tokens) for tokens in (1024, 2048, 8192)),
+    Configuration(256, 4, 65536, shares=(0.75,)),
+    *(Configuration(512, 4, tokens) for tokens in (1024, 2048, 8192)),
+    *(Configuration(1024, 2, tokens) for tokens in (1024, 2048)),
+    Configuration(1024, 2, 8192, shares=(0.75,)),
+    *(Configuration(2048, 1, tokens, shares=(0.75,)) for tokens in (2048, 8192)),
+]
 
 
-def plain(model: LlamaForCausalLM) -> Runner:
-    """Fine-tuning of the same weights without a constraint."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("_proj" in name)
-    return Runner(model, adamw(model))
+class Lineup:
+    """All methods of one model size, each built once from the same weights, with what tells how far they moved."""
+
+    def __init__(self, width: int, layers: int, length: int, contestants: list[Contestant]) -> None:
+        model = llama(width, layers, length)
+        self.given = {name: w.detach().clone() for name, w in _projections(model).items()}
+        self.splits: dict[str, Split] = {}
+        self.contestants = {one.name: one for one in contestants}
+        self.runners: dict[str, Runner] = {}
+        self.changes: dict[str, Change] = {}
+        for one in contestants:
+            print(f"  building {one.name}", flush=True)
+            runner = self.runners[one.name] = one.build(copy.deepcopy(model))
+            if runner.watch:
+                self.changes[one.name] = runner.watch()
+
+    def leakage(self, name: str) -> float | None:
+        """Return the share of a method's change in the protected directions, the larger side; None for the free."""
+        share = self.contestants[name].share
+        if share is None:
+            return None
+        change, total, leak_u, leak_v = self.changes[name], 0.0, 0.0, 0.0
+        for weight in self.given:
+            whole, k = self._split(weight), int(share * min(self.given[weight].shape))
+            delta = change(weight)
+            u, v = leakage(delta, whole.u_MK[:, :k], whole.v_NK[:, :k])
+            size = delta.square().sum().item()
+            total, leak_u, leak_v = total + size, leak_u + u**2 * size, leak_v + v**2 * size
+        return (max(leak_u, leak_v) / total) ** 0.5
+
+    def _split(self, weight: str) -> Split:
+        if weight not in self.splits:
+            share = max(one.share or 0 for one in self.contestants.values())
+            matrix = self.given[weight]
+            self.splits[weight] = split(matrix, int(share * min(matrix.shape)))
+        return self.splits[weight]
 
 
-def with_lorica(protected: float) -> Callable[[LlamaForCausalLM], Runner]:
-    """Lorica, two-sided, with a share of the directions protected."""
-
-    def build(model: LlamaForCausalLM) -> Runner:
-        lorica.protect(model, lorica.plan(model, effective_rank=protected))
-        return Runner(model, adamw(model))
-
-    return build
+def _projections(model: nn.Module) -> dict[str, Tensor]:
+    return {n.removesuffix(".weight"): p for n, p in model.named_parameters() if n.endswith("_proj.weight")}
 
 
-def with_lora(model: LlamaForCausalLM) -> Runner:
-    """PEFT's LoRA of rank 16 on all linear layers of the blocks."""
-    from peft import LoraConfig, get_peft_model
-
-    wrapped = get_peft_model(model, LoraConfig(r=16, target_modules=r".*_proj"))
-    return Runner(wrapped, adamw(wrapped))
-
-
-def with_peft(protected: float) -> Callable[[LlamaForCausalLM], Runner]:
-    """PEFT's OSF."""
-
-    def build(model: LlamaForCausalLM) -> Runner:
-        from peft import OSFConfig, get_peft_model
-
-        wrapped = get_peft_model(model, OSFConfig(target_modules=r".*_proj", effective_rank=protected))
-        return Runner(wrapped, adamw(wrapped))
-
-    return build
-
-
-def with_mini_trainer(protected: float) -> Callable[[LlamaForCausalLM], Runner]:
-    """mini_trainer's OSFT model class with its optimizer wrapper."""
-
-    def build(model: LlamaForCausalLM) -> Runner:
-        from mini_trainer.osft_utils import auto_generate_target_osft_config, create_osft_model_class, optim_wrapper
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            factored = create_osft_model_class(LlamaForCausalLM)(
-                model.config, initialize_osft=False, upcast_dtype=torch.float32, output_dtype=torch.float32
-            )
-            factored.load_state_dict(model.state_dict())
-            factored.osft_config = auto_generate_target_osft_config(
-                factored, model_name_or_class="llama", rank_ratio=protected
-            )
-            factored.reinitialize_osft(decompose_existing_weights=True)
-        for parameter in (*factored.model.embed_tokens.parameters(), *factored.lm_head.parameters()):
-            parameter.requires_grad_(False)
-        return Runner(factored, optim_wrapper(adamw(factored), factored))
-
-    return build
-
-
-METHODS: dict[str, tuple[str, Callable[[LlamaForCausalLM], Runner]]] = {
-    "plain fine-tuning": ("torch", plain),
-    "LoRA r=16": ("peft", with_lora),
-    **{f"lorica {share:g}": ("lorica", with_lorica(share)) for share in (0.5, 0.75, 0.9)},
-    **{f"mini_trainer {share:g}": ("mini_trainer", with_mini_trainer(share)) for share in (0.5, 0.75, 0.9)},
-    **{f"peft osf {share:g}": ("peft", with_peft(share)) for share in (0.5, 0.75, 0.9)},
-}
-
-
-def step(runner: Runner, ids: Tensor) -> float:
+def timed_step(runner: Runner, ids: Tensor) -> float:
     """Take one step and return its seconds."""
     start = time.perf_counter()
-    runner.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    runner.optimizer.step()
+    runner.step(ids)
     runner.optimizer.zero_grad()
     return time.perf_counter() - start
 
 
-def state_bytes(runner: Runner, ids: Tensor) -> int:
-    """Return the bytes of parameters, buffers, gradients and optimizer state, each storage counted once."""
-    runner.model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    runner.optimizer.step()
-    tensors = [*runner.model.parameters(), *runner.model.buffers()]
-    tensors += [p.grad for p in runner.model.parameters() if p.grad is not None]
-    tensors += [v for state in runner.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    runner.optimizer.zero_grad()
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
-
-
-def measure(width: int, tokens: int, length: int, repeats: int, names: list[str]) -> list[dict[str, Any]]:
-    """Return one row per method."""
-    model = llama(width, length)
-    runners = {name: METHODS[name][1](copy.deepcopy(model)) for name in names}
-    generator = torch.Generator().manual_seed(1)
-    batches = [torch.randint(VOCABULARY, (tokens // length, length), generator=generator) for _ in range(repeats + 2)]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for index, ids in enumerate(batches):
-        for name in names:
-            seconds[name].append(step(runners[name], ids))
-        print(f"\rround {index + 1} of {len(batches)}", end="", flush=True)
+def race(runners: dict[str, Runner], configuration: Configuration, budget: float) -> dict[str, list[float]]:
+    """Return the seconds of every method in every measured round, as many rounds as the budget of seconds allows."""
+    seconds: dict[str, list[float]] = {name: [] for name in runners}
+    rounds = WARM_UP + FEWEST
+    began = time.perf_counter()
+    for index, ids in enumerate(batches(WARM_UP + MOST, configuration.tokens, configuration.length)):
+        if index == rounds:
+            break
+        order = list(runners)
+        random.Random(index).shuffle(order)
+        for name in order:
+            seconds[name].append(timed_step(runners[name], ids))
+        each = (time.perf_counter() - began) / (index + 1)
+        rounds = WARM_UP + max(FEWEST, min(MOST, int(budget / each)))
+        print(f"\r  round {index + 1} of {rounds}, {each:.1f} s each ", end="", flush=True)
     print()
-    base = seconds["plain fine-tuning"][2:]  # the first two rounds warm up
+    return {name: own[WARM_UP:] for name, own in seconds.items()}
+
+
+def state_after_a_step(runner: Runner, ids: Tensor) -> dict[str, int]:
+    """Return the bytes that training keeps, gradients among them."""
+    runner.step(ids)
+    count = state_of(runner.model, runner.optimizer)
+    runner.optimizer.zero_grad()
+    return count
+
+
+def measure(lineup: Lineup, configuration: Configuration, budget: float) -> list[dict[str, Any]]:
+    """Return one row per method."""
+    taking_part = {
+        name: runner
+        for name, runner in lineup.runners.items()
+        if lineup.contestants[name].share in (None, *configuration.shares)
+    }
+    few = next(batches(1, configuration.length, configuration.length))
+    states = {name: state_after_a_step(runner, few) for name, runner in taking_part.items()}
+    seconds = race(taking_part, configuration, budget)
     rows = []
-    for name in names:
-        ratios = [mine / theirs for mine, theirs in zip(seconds[name][2:], base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+    for name, own in seconds.items():
+        middle = quartiles(own)["median"]
         rows.append(
             {
                 "method": name,
-                "seconds_median": statistics.median(seconds[name][2:]),
-                "ratio_median": middle,
-                "ratio_quartiles": [low, high],
-                "state_bytes": state_bytes(runners[name], batches[0]),
+                "family": lineup.contestants[name].family,
+                "protected": lineup.contestants[name].share,
+                "seconds": own,
+                "seconds_median": middle,
+                "tokens_per_second": configuration.tokens / middle,
+                "ratio": quartiles([mine / base for mine, base in zip(own, seconds[PLAIN], strict=True)]),
+                "state_ratio": states[name]["state_bytes"] / states[PLAIN]["state_bytes"],
+                "leakage": lineup.leakage(name),
+                **states[name],
             }
         )
     return rows
@@ -181,37 +170,48 @@ def measure(width: int, tokens: int, length: int, repeats: int, names: list[str]
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as text."""
-    plain_bytes = rows[0]["state_bytes"]
-    lines = [f"{'method':20} {'s / step':>9} {'x plain':>8} {'quartiles':>13} {'state':>9} {'x plain':>8}"]
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        lines.append(
-            f"{row['method']:20} {row['seconds_median']:9.3f} {row['ratio_median']:8.2f} {low:6.2f}-{high:5.2f} "
-            f"{row['state_bytes'] / 1e6:6.0f} MB {row['state_bytes'] / plain_bytes:8.2f}"
-        )
-    return "\n".join(lines)
+    head = f"{'method':20} {'s / step':>9} {'x plain':>8} {'quartiles':>13} {'state':>9} {'x plain':>8} {'leakage':>9}"
+    return "\n".join([head, *map(_line, rows)])
+
+
+def _line(row: dict[str, Any]) -> str:
+    ratio, leak = row["ratio"], "-" if row["leakage"] is None else f"{row['leakage']:.1e}"
+    speed = f"{row['seconds_median']:9.3f} {ratio['median']:8.2f} {ratio['low']:6.2f}-{ratio['high']:5.2f}"
+    return f"{row['method']:20} {speed} {row['state_bytes'] / 1e6:6.0f} MB {row['state_ratio']:8.2f} {leak:>9}"
+
+
+def run(configurations: list[Configuration], budget: float, folder: Path) -> None:
+    """Measure what is not in the folder yet, the configurations of one model size with one set of models."""
+    todo = [one for one in configurations if not (folder / one.file).exists()]
+    for (width, layers, length), group in groupby(todo, key=lambda one: (one.width, one.layers, one.length)):
+        points = list(group)
+        contestants, missing = chosen(tuple(sorted({share for one in points for share in one.shares})))
+        print(f"width {width}, {layers} layers")
+        lineup = Lineup(width, layers, length, contestants)
+        for point in points:
+            print(f"  {point.tokens} tokens per step")
+            rows = measure(lineup, point, budget)
+            print(table(rows))
+            settings = point._asdict() | {"dtype": "float32", "rounds": len(rows[0]["seconds"]), "budget": budget}
+            write_result(folder / point.file, settings, rows, missing)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=Path("docs/results/step-time.json"))
+    parser.add_argument("--width", type=int, help="one width instead of the built-in grid")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048], help="per step; with --width")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence; with --width")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="protected; with --width")
+    parser.add_argument("--seconds", type=float, default=100, help="for the rounds of a configuration")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
     options = parser.parse_args()
-    names = [name for name, (module, _) in METHODS.items() if importlib.util.find_spec(module)]
-    for name in [name for name in METHODS if name not in names]:
-        print(f"{name} is not installed and left out")
-    rows = measure(options.width, options.tokens, options.length, options.repeats, names)
-    print(table(rows))
-    settings = {"width": options.width, "layers": LAYERS, "tokens": options.tokens, "length": options.length}
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        options.output,
-        {"settings": settings | {"repeats": options.repeats, "dtype": "float32", "threads": torch.get_num_threads()},
-         "rows": rows, **environment()},
-    )  # fmt: skip
+    own = [
+        Configuration(options.width, options.layers, tokens, options.length, tuple(options.shares))
+        for tokens in options.tokens
+    ]
+    with empty_cache():
+        run(own if options.width else GRID, options.seconds, options.output)
 
 
 if __name__ == "__main__":

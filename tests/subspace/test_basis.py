@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.subspace.basis import Basis, Everything, Explicit, Reflector, free_basis
-from lorica.subspace.linalg import complement, reflector
+from lorica.subspace.linalg import complement, polar, reflector
 from tests.builders import matrix
 
 EYE = 1e-12
@@ -55,6 +55,20 @@ def test_the_basis_depends_on_the_subspace_alone(d: int, k: int) -> None:
     rotated = u @ orthonormal(k, k, seed=5)
     for other in (flipped, rotated, u.flip(1)):
         torch.testing.assert_close(complement(other), complement(u), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 1e-3, 1e-6, 1e-9, 0.0])
+def test_the_polar_form_is_the_svds(smallest: float) -> None:
+    x, y = orthonormal(12, 12), orthonormal(12, 12, seed=3)
+    sigma = torch.linspace(1, 0.1, 12, dtype=torch.float64)
+    sigma[-1] = smallest
+    a = (x * sigma) @ y.T
+    p, stretch = polar(a)
+    torch.testing.assert_close(p.T @ p, eye(12), rtol=0, atol=EYE)
+    torch.testing.assert_close(p @ stretch, a, rtol=0, atol=EYE)
+    torch.testing.assert_close(stretch, (y * sigma) @ y.T, rtol=0, atol=EYE)
+    if smallest > 1e-6:
+        torch.testing.assert_close(p, x @ y.T, rtol=0, atol=1e-9)
 
 
 def test_protected_directions_without_a_top_block_still_have_a_complement() -> None:

@@ -166,11 +166,11 @@ class SubspaceLayer(nn.Module):
         of the same numbers at another address can differ in their last bit.
         """
         aside = "base" not in self._buffers
-        return self.base.to(self.core.device, copy=True) if aside else self.base
+        return self.base.to(self.core.device, copy=True, non_blocking=True) if aside else self.base
 
     def _lifted(self, origin: Tensor) -> Tensor:
         sides = self._exact or (self.out_basis, self.in_basis)
-        out, inp = (basis.mapped(lambda kept: kept.to(origin.device)) for basis in sides)
+        out, inp = (basis.mapped(lambda kept: kept.to(origin.device, non_blocking=True)) for basis in sides)
         return lift(self.core.detach(), out.on(origin), inp.on(origin.T))
 
     @torch.no_grad()

@@ -30,6 +30,15 @@ def order_flops(tokens: int, out: Basis, inp: Basis) -> dict[str, int]:
     }
 
 
+def cheapest(costs: dict[str, int]) -> str:
+    """Return the order with the fewest operations. A loop, because torch.compile reads no ``min(..., key=...)``."""
+    best = ORDERS[0]
+    for order in ORDERS:
+        if costs[order] < costs[best]:
+            best = order
+    return best
+
+
 _products: weakref.WeakKeyDictionary[Basis, tuple[weakref.ref[Tensor], int, Tensor]] = weakref.WeakKeyDictionary()
 
 
@@ -65,8 +74,7 @@ def core_gradient(dy_TM: Tensor, x_TN: Tensor, out: Basis, inp: Basis, order: st
         order: one of ``ORDERS``; None chooses by counted operations.
     """
     if order is None:
-        costs = order_flops(x_TN.shape[0], out, inp)
-        order = min(costs, key=costs.__getitem__)
+        order = cheapest(order_flops(x_TN.shape[0], out, inp))
     if order == "input-first":
         return out.reduce((dy_TM.T @ inp.reduce(x_TN)).T).T
     if order == "output-first":

@@ -1,0 +1,1 @@
+"""The GPU suite: see README.md in this folder."""
