@@ -66,6 +66,13 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_cuda_memory() -> int | None:
+    """Return the most bytes that tensors have taken of the current CUDA device so far; None where there is none."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write JSON beside the target and rename it into place. NaN and infinity become null."""
     aside = path.with_name(f".{path.name}.tmp")

@@ -29,10 +29,10 @@ from lorica.lineage import (
 )
 from lorica.memory import size_of
 from lorica.methods import METHODS, Protection, TaskData
-from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, redacted, write_json
+from lorica.record import SCHEMA, Stopwatch, environment, peak_cuda_memory, peak_memory, redacted, write_json
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
-from lorica.training.arguments import check_arguments, check_trackers, training_arguments
+from lorica.training.arguments import check_arguments, check_trackers, training_arguments, wide_states
 from lorica.training.checkpoints import (
     check_identity,
     checkpoint_to_resume,
@@ -40,6 +40,7 @@ from lorica.training.checkpoints import (
     trajectory,
     write_identity,
 )
+from lorica.training.in_backward import check_method
 from lorica.training.models import (
     check_output_dir,
     load_model,
@@ -93,6 +94,7 @@ class Update:
         self.arguments = training_arguments(
             config.training, config.output_dir, hidden_size=model_width(self.model_config), seq2seq=self.seq2seq,
             learning_rate_scale=METHODS[config.method].learning_rate_scale,
+            optimizer_in_backward=config.optimizer_in_backward,
         )  # fmt: skip
         check_trackers(self.arguments)
         self.inputs = Inputs(
@@ -126,6 +128,7 @@ class Update:
             log = fit(
                 model, self.method, self.method.training_data(self._task()), self.tokenizer, self._task().collate,
                 self.arguments, eval_dataset=self.inputs.eval, resume_from_checkpoint=self.resume,
+                optimizer_in_backward=self.config.optimizer_in_backward,
             )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         audit = self.method.audit(model)
@@ -145,6 +148,7 @@ class Update:
             "cost": {
                 "seconds": self.watch.seconds,
                 "peak_rss_bytes": peak_memory(),
+                "peak_cuda_bytes": peak_cuda_memory(),
                 "trainable_parameters": trainable,
             },
         }
@@ -153,6 +157,10 @@ class Update:
 
     def _begin(self, model: Any) -> Plan | None:
         self.method.begin_task(model, self._task(), progress=progress_bar("splitting weights"))
+        if self.config.optimizer_in_backward:
+            check_method(self.method)
+        if told := wide_states(self.arguments, model):
+            self.say(f"notice: {told}")
         if self.method.plan is not None:
             self.say(str(self.method.plan))
         return self.method.plan
@@ -166,6 +174,7 @@ class Update:
         page = write_report([output_dir / "lorica.json"], output_dir)
         if not self.keeps_checkpoints:
             remove_checkpoints(output_dir)
+        self.say(memory_told(record["cost"], record["model_parameters"]))
         for line in comparison(record["scores"]["before"], record["scores"]["after"]):
             self.say(line)
         for name, points in record["rejected"].items():
@@ -200,6 +209,7 @@ class Update:
     def _identity(self) -> dict[str, Any]:
         """Return everything on which the trained weights depend."""
         not_weights = {"output_dir", "eval_file", "retention_file", "training", "skip_invalid_rows"}
+        not_weights |= {"optimizer_in_backward"}  # the same steps in another order
         own = self.config.model_dump(mode="json", exclude=not_weights)
         rows = {"sha256 of the training rows": self.inputs.train.sha256}
         return own | trajectory(self.arguments) | rows | {"sha256 of the model": self.lineage.weights_sha256}
@@ -260,6 +270,15 @@ def progress_bar(what: str) -> Callable[[str, int, int], None]:
             bar.close()
 
     return advance
+
+
+def memory_told(cost: Mapping[str, Any], parameters: int) -> str:
+    """Return the line that says how much memory the whole update took at its peak, and for training how much."""
+    peaks = {"resident": cost["peak_rss_bytes"], "on the GPU": cost["peak_cuda_bytes"]}
+    told = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peaks.items() if size is not None)
+    return (
+        f"memory: peak {told or 'unknown'}; {cost['trainable_parameters']:,} numbers trained, {parameters:,} parameters"
+    )
 
 
 def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -15,14 +15,16 @@ from lorica.constrain.reduced import ReducedLinear, lift, shared_product
 from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis
 
-_layers: weakref.WeakSet[SubspaceLayer] = weakref.WeakSet()
+_owners: weakref.WeakValueDictionary[int, SubspaceLayer] = weakref.WeakValueDictionary()
+"""The layer of each core, by the core's id."""
 
 
 def _fold_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for layer in _layers:
-        if id(layer.core) in held:
-            layer.fold()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            layer = _owners.get(id(parameter))
+            if layer is not None and layer.core is parameter:  # ids are used again
+                layer.fold()
 
 
 # A version counter would not do as the only trigger: fused AdamW does not raise it.
@@ -128,14 +130,14 @@ class SubspaceLayer(nn.Module):
         kept = dtype if self._exact else wide
         self.out_basis, self.in_basis = out_basis.to(device, kept), in_basis.to(device, kept)
         self._folded = Core.state_of(self.core)
-        _layers.add(self)
+        _owners[id(self.core)] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if type(self.core) is nn.Parameter:  # pickle knows no other; the same object may be in an optimizer
             self.core.__class__ = Core
         self._folded = ()  # a copied or unpickled core starts counts of its own
-        _layers.add(self)
+        _owners[id(self.core)] = self
 
     def unwrap(self) -> nn.Linear | Conv1D:
         """Return the plain layer that was wrapped, with the folded weight."""
@@ -143,7 +145,7 @@ class SubspaceLayer(nn.Module):
         (plain,) = self._plain
         plain.weight, plain.bias = self.weight, self.bias  # type: ignore[assignment]
         plain.train(self.training)
-        _layers.discard(self)
+        _owners.pop(id(self.core), None)
         return plain
 
     @property
@@ -183,6 +185,7 @@ class SubspaceLayer(nn.Module):
         origin = self._origin()
         torch.add(self._lifted(origin), origin, out=self.matrix)
         self._folded = Core.state_of(self.core)
+        _owners[id(self.core)] = self  # it may have been replaced
 
     def refresh(self) -> None:
         """Fold if the core may have been written to since the last fold."""

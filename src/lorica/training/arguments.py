@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from torch import nn
+from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.training_args import OptimizerNames
 
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError, did_you_mean
+from lorica.training.in_backward import check_in_backward
 
 LEARNING_RATE_TIMES_WIDTH = 0.08
 """The default learning rate times the model's hidden size; see ``default_learning_rate``."""
@@ -50,6 +53,13 @@ RENAMED = {
     "warmup_ratio": "warmup_steps",
 }
 """Names that transformers 5 has given up, and what they are called now."""
+
+
+EXTRAS = ("torchao", "bitsandbytes")
+"""Packages of optimizers that Lorica's extras of the same name install."""
+
+TORCHAO_BLOCK = 256
+_BUILT_FROM_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
 
 def default_learning_rate(hidden_size: int) -> float:
@@ -103,12 +113,14 @@ def training_arguments(
     hidden_size: int | None,
     seq2seq: bool,
     learning_rate_scale: float = 1.0,
+    optimizer_in_backward: bool = False,
 ) -> TrainingArguments:
     """Return TrainingArguments with Lorica's defaults under the given values.
 
     Args:
         hidden_size: the model's width, for the default learning rate; None if it cannot be told.
         learning_rate_scale: factor of the method on that default.
+        optimizer_in_backward: refuse what ``StepInBackward`` cannot be right with.
 
     Raises:
         LoricaError: see ``check_arguments``; or a value makes no sense, or transformers refuses the combination.
@@ -126,6 +138,9 @@ def training_arguments(
     except (ValueError, TypeError, ImportError) as error:
         raise LoricaError(f"transformers refuses these training arguments: {error}") from error
     _check_values(arguments, checked)
+    check_optimizer(arguments)
+    if optimizer_in_backward:
+        check_in_backward(arguments)
     return arguments
 
 
@@ -136,6 +151,38 @@ def check_trackers(arguments: TrainingArguments) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise LoricaError(f"--report_to: {error}") from error
+
+
+def check_optimizer(arguments: TrainingArguments) -> None:
+    """Refuse an optimizer whose package is not installed, or whose options are wrong, before anything is loaded."""
+    optim = OptimizerNames(arguments.optim).value
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError) as error:
+        missing = next((name for name in EXTRAS if name in str(error)), None)
+        if missing and isinstance(error, ImportError):
+            raise LoricaError(
+                f"--optim {optim} needs the package {missing}: pip install 'lorica[{missing}]'"
+            ) from error
+        if isinstance(error, ImportError) or not optim.startswith(_BUILT_FROM_THE_MODEL):
+            raise LoricaError(f"--optim {optim}: {error}") from error
+
+
+def wide_states(arguments: TrainingArguments, model: nn.Module) -> str | None:
+    """Return what to say where torchao would keep more than a tenth of the states in float32, else None.
+
+    It quantises tensors of a multiple of 256 numbers alone, and cores can be of any size.
+    """
+    if OptimizerNames(arguments.optim).value not in ("adamw_torch_8bit", "adamw_torch_4bit"):
+        return None
+    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    wide = sum(size for size in sizes if size % TORCHAO_BLOCK)
+    if 10 * wide <= sum(sizes):
+        return None
+    return (
+        f"{100 * wide / sum(sizes):.0f} % of the optimizer's states stay in float32: torchao quantises only tensors of "
+        f"a multiple of {TORCHAO_BLOCK} numbers; --optim adamw_bnb_8bit takes any"
+    )
 
 
 def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from lorica.constrain.checkpoint import open_weights
 from lorica.errors import LoricaError
 
 IDENTITY_FILE = "update.json"
 """Written before training starts; removed with the checkpoints when it has ended."""
+
+MAPPED_SHARE = 1 / 16
+"""So much of a checkpoint is read before its file is opened anew."""
 
 TRAJECTORY = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
@@ -83,6 +89,38 @@ def check_identity(output_dir: Path, identity: dict[str, Any]) -> None:
                 f"--resume_from_checkpoint: {name} was {before.get(name)} and is now {now.get(name)}; give what the "
                 "run began with, or start anew in another --output_dir"
             )
+
+
+def load_weights(model: nn.Module, folder: Path) -> bool:
+    """Fill a model with a checkpoint's weights, module by module, so that the whole file never lies beside the model.
+
+    A protected layer's weight and core come together, whichever of a checkpoint's files they are in.
+
+    Returns:
+        Whether it was done: not where the folder holds adapters alone, or names tensors otherwise than the model does.
+
+    Raises:
+        LoricaError: a file cannot be read.
+        RuntimeError: a tensor does not fit; see ``torch.nn.Module.load_state_dict``.
+    """
+    if not any(folder.glob("model*.safetensors")):
+        return False
+    keys, state = set(open_weights(folder).keys()), model.state_dict(keep_vars=True)
+    filled = {id(state[key]) for key in keys & state.keys()}  # tied ones are stored once
+    if keys - state.keys() or any(id(tensor) not in filled for tensor in state.values()):
+        return False
+    most = MAPPED_SHARE * sum(tensor.nbytes for tensor in state.values())
+    read = math.inf
+    for name, module in model.named_modules():
+        prefix = f"{name}." if name else ""
+        own = [leaf for leaf in (*module._parameters, *module._buffers) if prefix + leaf in keys]
+        if read > most:  # what was read of a mapped file counts as resident until it is closed
+            source, read = open_weights(folder), 0
+        tensors = {leaf: source.tensor(prefix + leaf) for leaf in own}
+        if tensors:
+            module.load_state_dict(tensors, strict=False)
+        read += sum(tensor.nbytes for tensor in tensors.values())
+    return True
 
 
 def remove_checkpoints(output_dir: Path) -> None:

@@ -21,6 +21,9 @@ _NOT_GENERATIVE = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassifi
 LEFTOVERS = {"plan.json", "update.json", "rejected.jsonl"}
 """What an update that stopped before its first checkpoint leaves in its output folder."""
 
+MAX_SHARD = "5GB"
+"""A larger model is saved in several files: from a GPU each is copied to the host as a whole before it is written."""
+
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
@@ -225,7 +228,7 @@ def save_model(model: Any, tokenizer: Any, output_dir: Path) -> None:
     aside = output_dir / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside / "new")
+        model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD)
         tokenizer.save_pretrained(aside / "new")
         _exchange(aside / "new", output_dir, aside / "old")
     except (OSError, SafetensorError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from lorica.data.example import IGNORED_LABEL
 from lorica.errors import Interrupted, LoricaError
 from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
-from lorica.training.checkpoints import WithoutPickledArguments
+from lorica.training.checkpoints import WithoutPickledArguments, load_weights
+from lorica.training.in_backward import StepInBackward, check_embeddings, check_method
 from lorica.training.interrupt import SignalCatcher
 
 
@@ -35,10 +37,14 @@ class MethodMixin:
 
     Args:
         method: the method; its ``begin_task`` has been called.
+        optimizer_in_backward: step each parameter as soon as the backward pass has its gradient.
     """
 
-    def __init__(self: Any, *args: Any, method: Method, **kwargs: Any) -> None:
-        self.method = method
+    def __init__(self: Any, *args: Any, method: Method, optimizer_in_backward: bool = False, **kwargs: Any) -> None:
+        if optimizer_in_backward:
+            check_method(method)
+        self.method, self.in_backward = method, optimizer_in_backward
+        self.stepper: StepInBackward | None = None
         super().__init__(*args, **kwargs)
         self.max_grad_norm = self.args.max_grad_norm
         if method.clips:
@@ -47,8 +53,28 @@ class MethodMixin:
     def create_optimizer(self: Any, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
             super().create_optimizer(model)  # type: ignore[misc]
-            self.optimizer = self.method.wrap_optimizer(self.optimizer, self.max_grad_norm)
+            wrapped: Any = self.method.wrap_optimizer(self.optimizer, self.max_grad_norm)
+            if self.in_backward:
+                check_embeddings(self.model, wrapped)
+                wrapped = self.stepper = StepInBackward(wrapped)
+            self.optimizer = wrapped
         return self.optimizer
+
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().train(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            if self.stepper is not None:
+                self.stepper.remove()
+
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if self.in_backward:
+            logs.pop("grad_norm", None)  # of gradients that are gone by then
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -61,6 +87,8 @@ class MethodMixin:
             self.method.penalty(self.model, {**inputs, "labels": labels}, outputs.logits) if model.training else None
         )
         loss = (loss if extra is None else loss + extra) * self._share(labels, num_items_in_batch)
+        if self.in_backward and model.training:
+            self._check(loss)  # afterwards the weights would be no numbers either
         return (loss, outputs) if return_outputs else loss
 
     def _share(self: Any, labels: Tensor, num_items_in_batch: Any) -> Any:
@@ -76,6 +104,11 @@ class MethodMixin:
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        self._check(loss)
+        return loss
+
+    def _check(self: Any, loss: Tensor) -> None:
+        """Stop a run whose loss is no number, before the step."""
         if not loss.isfinite():
             last = get_last_checkpoint(self.args.output_dir)
             kept = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
@@ -83,7 +116,6 @@ class MethodMixin:
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}",
                 f"training stopped before that step. Lower --learning_rate or look at the rows; {kept}",
             )
-        return loss
 
 
 class MethodTrainer(MethodMixin, Trainer):
@@ -104,6 +136,7 @@ def fit(
     *,
     eval_dataset: EncodedDataset | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    optimizer_in_backward: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
     """Train a prepared model on a dataset and return the Trainer's log.
@@ -114,16 +147,19 @@ def fit(
         arguments: transformers' TrainingArguments.
         eval_dataset: for ``eval_strategy``.
         resume_from_checkpoint: as in ``Trainer.train``.
+        optimizer_in_backward: see ``StepInBackward``; the arguments have gone through ``check_in_backward``.
         quiet: print none of the Trainer's log.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
         Diverged: the loss became NaN or infinite.
+        LoricaError: the method or the optimizer cannot step in the backward pass.
     """
     kind = MethodSeq2SeqTrainer if model.config.is_encoder_decoder else MethodTrainer
     with SignalCatcher() as catcher:
         trainer = kind(
             method=method,
+            optimizer_in_backward=optimizer_in_backward,
             model=model,
             args=arguments,
             train_dataset=dataset,
