@@ -6,11 +6,12 @@ import sys
 
 import typer
 
-from lorica.commands import inspection, learn, look, score, updates
+from lorica.commands import check, inspection, learn, look, score, updates
 from lorica.commands.options import normalised
 from lorica.config import UpdateConfig
 from lorica.errors import Interrupted, LoricaError
 from lorica.experiments.config import RunConfig
+from lorica.forecast.options import ForecastConfig
 from lorica.scoring_options import EvalOptions
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command("run", context_settings=_ANY_OPTION)(learn.run)
 app.command("eval")(score.evaluate)
 app.command("judge")(score.judge)
 app.command("inspect")(inspection.inspect)
+app.command("check", context_settings=_ANY_OPTION)(check.check)
 app.command("audit")(look.audit)
 app.command("export-update")(updates.export_update)
 app.command("apply")(updates.apply)
@@ -43,7 +45,7 @@ app.command("list")(look.list_)
 def main() -> None:
     """Run the command line. A user's mistake is one line on standard error and exit status 2."""
     try:
-        app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions]))
+        app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
     except LoricaError as error:
         print(f"lorica: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

@@ -1,0 +1,135 @@
+"""The model of a run on the meta device: its shapes, without a weight being read."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from lorica.config import UpdateConfig
+from lorica.constrain.planning import UNFREEZE_RANK_RATIO, plan
+from lorica.errors import LoricaError
+from lorica.methods import METHODS, TaskData
+from lorica.methods.base import Method
+from lorica.subspace.plan import MEASURED, Plan
+from lorica.subspace.ranks import share_to_count
+
+FORECAST = ("osft", "seqft", "lora")
+"""The methods whose first task is told by shapes alone."""
+
+_FLASH = "sdpa"
+"""What stands for flash attention, which keeps the same tensors and need not be installed where one only asks."""
+
+_TRR = 0.8
+"""Mean protected share of ``importance``, whose shares are scaled to it, unless ``trr`` says another."""
+
+
+def blank_model(config: UpdateConfig, model_config: Any) -> Any:
+    """Return the model of an update on the meta device, in training mode.
+
+    Raises:
+        LoricaError: transformers cannot build it, or the dtype is none.
+    """
+    kind = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+    attention = config.attn_implementation
+    own = {} if attention is None else {"attn_implementation": _FLASH if attention.startswith("flash") else attention}
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(
+                model_config,
+                dtype=weight_dtype(config, model_config),
+                trust_remote_code=config.trust_remote_code,
+                **own,
+            )
+    except (ValueError, ImportError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise LoricaError(f"model {config.model_name_or_path}: cannot build it: {reason}") from error
+    return model.train()
+
+
+def weight_dtype(config: UpdateConfig, model_config: Any) -> torch.dtype:
+    """Return the dtype that the weights will have: asked for, else as the configuration says they are saved."""
+    if config.dtype == "auto":
+        return getattr(model_config, "dtype", None) or torch.float32
+    dtype = getattr(torch, config.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise LoricaError(f"--dtype {config.dtype} is no dtype; give auto, float32, bfloat16 or float16")
+    return dtype
+
+
+def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
+    """Prepare a blank model as the method of an update would, and return the method.
+
+    Raises:
+        LoricaError: the method needs more than shapes, or what it is told does not fit the model.
+    """
+    if config.method not in FORECAST:
+        raise LoricaError(
+            f"--method {config.method}: what it needs depends on values, not on shapes alone; "
+            f"methods that can be forecast: {', '.join(FORECAST)}"
+        )
+    names = {f.name for f in fields(METHODS[config.method].options_type)}
+    given = {name: getattr(config, name) for name in ("target_modules", "train_also", "freeze_experts")}
+    if config.method == "osft":
+        made = Plan.load(config.plan_file) if config.plan_file else assumed_plan(model, config, task.index)
+        given = {"plan": made, "memory_mode": getattr(config, "memory_mode", "fast")}
+    method = METHODS[config.method].build({k: v for k, v in given.items() if k in names} | config.method_options)
+    method.begin_task(model, task)
+    return method
+
+
+def assumed_plan(model: Any, config: UpdateConfig, index: int = 0) -> Plan:
+    """Return the plan that the options ask for, with shares in place of what only values can tell.
+
+    ``uniform`` plans are exact. ``importance`` gets its mean share everywhere, ``energy`` the uniform share, and
+    ``effective-rank`` a half; see ``assumptions``.
+    """
+    constraint = config.constraint or ("input" if config.source in MEASURED else "two-sided")
+    if constraint == "block":
+        raise LoricaError("--constraint block is held by the optimizer, from values; it cannot be forecast from shapes")
+    made = plan(
+        model,
+        constraint=constraint,
+        target_modules=config.target_modules,
+        rank_pattern=config.rank_pattern,
+        train_also=config.train_also,
+        freeze_experts=config.freeze_experts,
+        **_amount(config, index),
+    )
+    if config.source not in MEASURED:
+        return made
+    entries = [entry.model_copy(update={"source": config.source}) for entry in made.entries]
+    entries = [e.model_copy(update={"k": share_to_count(made_e.share, e.limit)})
+               for e, made_e in zip(entries, made.entries, strict=True)]  # fmt: skip
+    return made.model_copy(update={"entries": entries})
+
+
+def _amount(config: UpdateConfig, index: int) -> dict[str, Any]:
+    """Return the protected amount, as an argument of ``lorica.plan``."""
+    if config.rank_schedule is not None:
+        return {"effective_rank": float(config.rank_schedule[min(index, len(config.rank_schedule) - 1)])}
+    if config.ranks == "importance":
+        return {"effective_rank": _TRR if config.trr is None else config.trr}
+    if config.ranks == "effective-rank":
+        return {"effective_rank": 0.5}
+    names = ("unfreeze_rank_ratio", "effective_rank", "osft_unfreeze_rank_ratio")
+    return {name: getattr(config, name) for name in names if getattr(config, name) is not None} or {
+        "unfreeze_rank_ratio": UNFREEZE_RANK_RATIO
+    }
+
+
+def assumptions(config: UpdateConfig) -> list[str]:
+    """Return, in words, what ``assumed_plan`` had to assume."""
+    if config.method != "osft" or config.plan_file:
+        return []
+    said = {
+        "importance": "ranks importance: every weight is given the mean share, trr",
+        "energy": "ranks energy: as many directions as the share says; most spectra need fewer, and more memory then",
+        "effective-rank": "ranks effective-rank: half of the directions",
+    }
+    lines = [said[config.ranks]] if config.ranks in said else []
+    if config.protect_learned or config.remember_inputs:
+        lines.append("the directions that earlier updates add are not counted")
+    return lines

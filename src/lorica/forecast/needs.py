@@ -1,0 +1,166 @@
+"""What one way of training needs in each phase of a run: memory of the device and of the host, and disk."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from lorica.constrain.audit import rounding_share
+from lorica.constrain.linear import SubspaceLayer
+from lorica.constrain.protect import protected_layers
+from lorica.forecast.dry_run import Step
+from lorica.forecast.ledger import Ledger
+from lorica.forecast.rates import CONTEXT, Machine
+from lorica.subspace.linalg import ROWS
+from lorica.subspace.store import WORTHWHILE, SplitStore
+
+PROCESS, WORKSPACE, FREED = "process", "float64 workspace", "freed, not given back"
+HELD = ("weights", "W0", "bases", "cores")
+"""What is there from the split on."""
+
+PHASES = ("load", "split", "score", "train", "audit", "save")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The most that one phase of a run holds at once.
+
+    Attributes:
+        device: bytes of the device's memory, by kind. Of a CPU everything is here.
+        host: bytes of the host's memory beside a GPU, by kind.
+    """
+
+    name: str
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "device_bytes": dict(self.device), "host_bytes": dict(self.host)}
+
+
+def phases(
+    step: Step, splitting: int, auditing: int, machine: Machine, scoring: Mapping[str, int] | None = None
+) -> list[Phase]:
+    """Return what each phase holds.
+
+    - load: the weights; beside a GPU they pass through the host.
+    - split: what is there from the split on, and the float64 matrices of the largest weight.
+    - score: a batch of the rows that are scored before and after, if any are.
+    - train: the peak of a step. On the CPU under Linux also what ``malloc`` holds of freed activations, which is as
+      much again as were alive at once in pieces below 32 MB (measured: 0.9 to 1.25 of it).
+    - audit: the float64 matrices of the largest weight's proof, after training.
+    - save: what is there still; beside a GPU the weights pass through the host.
+
+    Args:
+        step: of ``dry_step``.
+        splitting, auditing: of ``split_workspace`` and ``audit_workspace`` for the largest weight.
+        scoring: of ``dry_score``.
+    """
+    held = {kind: step.steady[kind] for kind in HELD if step.steady[kind]}
+    weights = {"weights": step.steady["weights"]}
+    heap = {FREED: step.small} if machine.device == "cpu" and sys.platform == "linux" else {}
+    training = {kind: n for kind, n in step.peak.items() if n > 0} | heap
+    there = dict(step.host)
+    found = [("load", weights, weights), ("split", held | {WORKSPACE: splitting}, there)]
+    found += [("score", {kind: n for kind, n in scoring.items() if n > 0}, there)] if scoring is not None else []
+    found += [("train", training, there), ("audit", held | {WORKSPACE: auditing} | heap, there)]
+    found.append(("save", held | heap, there | weights))
+    return [_phase(name, device, host, machine) for name, device, host in found]
+
+
+def _phase(name: str, device: Mapping[str, int], host: Mapping[str, int], machine: Machine) -> Phase:
+    process = {PROCESS: machine.process}
+    if machine.device != "cpu":
+        return Phase(name, {PROCESS: CONTEXT[machine.device], **device}, process | dict(host))
+    # Through the host is no way to go on a CPU, but what was set aside lies in the same memory.
+    aside = {} if name == "load" else {kind: n for kind, n in host.items() if kind != "weights"}
+    return Phase(name, process | dict(Counter(device) + Counter(aside)), {})
+
+
+def split_workspace(m: int, n: int, k: int) -> int:
+    """Return the bytes of float64 that the split of one weight and its bases take at once.
+
+    First the Gram matrix, its eigenvectors and as much again inside the eigensolver, beside some rows; then all
+    vectors of the short side, k of each side, and the larger basis in the making: three K-column pieces of a reflector,
+    or what an explicit complement is made of.
+    """
+    short, long = min(m, n), max(m, n)
+    eigen = 4 * short**2 + ROWS * short
+    basis = max(3 * d * k if k < d - k else 2 * d * k + d * d + 2 * d * (d - k) for d in (m, n))
+    return 8 * max(eigen, short**2 + (short + long) * k + basis)
+
+
+def protected_directions(layer: SubspaceLayer) -> int:
+    """Return how many directions of a layer are protected, of the side that has more."""
+    return max(basis.dim - basis.free for basis in (layer.out_basis, layer.in_basis))
+
+
+def audit_workspace(m: int, n: int, k: int) -> int:
+    """Return the bytes that ``audit_weight`` takes at once beside the weights: the weight before and the change in
+    float64, the change before rounding, the directions, and what its ``rounding_share`` makes of it (a dry run).
+    """
+    weight = torch.empty(m, n, device="meta")
+    with Ledger() as ledger:
+        rounding_share(weight, weight)
+    return 8 * (2 * m * n + (m + n) * k) + weight.nbytes + ledger.peak.total()
+
+
+def largest(workspace: Callable[[int, int, int], int], model: Any) -> int:
+    """Return a workspace of the weight of a protected model that takes most."""
+    return max(
+        (
+            workspace(layer.out_basis.dim, layer.in_basis.dim, protected)
+            for layer in protected_layers(model).values()
+            if (protected := protected_directions(layer))
+        ),
+        default=0,
+    )
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes on disk.
+
+    Attributes:
+        model: the output model.
+        checkpoints: those that are there at once; one more than are kept while the last is written.
+        cache: the splits that are kept for the next run, as far as the cache may grow.
+    """
+
+    model: int
+    checkpoints: int
+    cache: int
+
+    def to_json(self) -> dict[str, int]:
+        return {"model_bytes": self.model, "checkpoint_bytes": self.checkpoints, "split_cache_bytes": self.cache}
+
+
+def disk(model: Any, step: Step, arguments: TrainingArguments, steps: int | None) -> Disk:
+    """Return what a run writes.
+
+    Args:
+        model: protected, on the meta device.
+        steps: how many the run has, if that is known.
+    """
+    saved = step.steady["weights"]
+    one = saved + step.steady["cores"] + step.steady["optimizer states"]
+    kept = 0 if arguments.save_strategy == "no" else (arguments.save_total_limit or 1) + 1
+    if kept and steps is not None and arguments.save_strategy == "steps":
+        every = arguments.save_steps if arguments.save_steps >= 1 else max(1, round(arguments.save_steps * steps))
+        kept = min(kept, -(-steps // int(every)))
+    return Disk(saved, kept * one, _cache(model))
+
+
+def _cache(model: Any) -> int:
+    """Return the bytes of a float64 matrix of the short side for each weight that is split."""
+    store = SplitStore.from_environment()
+    if store.folder is None:
+        return 0
+    sides = [min(layer.matrix.shape) for layer in protected_layers(model).values() if protected_directions(layer)]
+    return min(sum(8 * (s * s + s) for s in sides if s >= WORTHWHILE), store.limit)

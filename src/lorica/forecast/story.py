@@ -1,0 +1,165 @@
+"""``lorica check``: read the configuration and the data, take a dry step, and tell what the run will need."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from lorica.config import UpdateConfig
+from lorica.constrain.origin import MEMORY_MODES
+from lorica.constrain.protect import protected_layers
+from lorica.errors import LoricaError
+from lorica.forecast.batches import batches_of
+from lorica.forecast.dry_model import assumptions, begin, blank_model
+from lorica.forecast.dry_run import Batch, Step, dry_score, dry_step
+from lorica.forecast.needs import Phase, audit_workspace, disk, largest, phases, protected_directions, split_workspace
+from lorica.forecast.options import build_forecast_config
+from lorica.forecast.rates import Machine, split_seconds, this_machine
+from lorica.forecast.result import Forecast, Way
+from lorica.inputs import Inputs
+from lorica.lineage import read_lineage
+from lorica.methods import METHODS, TaskData
+from lorica.training.arguments import training_arguments
+from lorica.training.models import load_model_config, model_width
+
+RATIOS = [round(0.05 * i, 2) for i in range(1, 20)]
+"""Free shares that are tried for a memory, which they need more and more of. 1 is not one of them: plain fine-tuning
+has neither W0 nor bases."""
+
+
+def forecast(
+    config: UpdateConfig | Mapping[str, Any], *, machine: Machine | None = None, inputs: Inputs | None = None
+) -> Forecast:
+    """Tell what a run of ``lorica.train`` with the same configuration will need. No weight is read.
+
+    The model is built without values (on the meta device) and takes two true training steps, of which the second is
+    followed: every tensor that is alive, and every operation. From this come the memory of each phase and, with the
+    machine's rates, the time. The same is done for plain fine-tuning of the same weights, for comparison.
+
+    Args:
+        config: an ``UpdateConfig``, or its fields by name; output_dir and the data may be left out.
+        machine: where it will run; by default measured: this machine.
+        inputs: the rows, if they have been read already.
+
+    Raises:
+        LoricaError: something in the configuration, the model's config.json or the data is wrong, or the method cannot
+            be told from shapes.
+    """
+    settings = config if isinstance(config, UpdateConfig) else build_forecast_config(dict(config))
+    run = _Run(settings, machine, inputs)
+    ways = [run.way(settings)]
+    if settings.method != "seqft":
+        ways.append(run.way(_plain(settings)))
+    return Forecast(
+        model=settings.model_name_or_path,
+        machine=run.machine,
+        batch=run.batches.worst,
+        accumulation=run.arguments.gradient_accumulation_steps,
+        steps=run.batches.steps,
+        ways=ways,
+        largest=run.largest() if settings.method == "osft" and settings.plan_file is None else {},
+        notes=[*run.batches.notes, *assumptions(settings)],
+        disk_free=_free_disk(settings.output_dir),
+    )
+
+
+def _plain(settings: UpdateConfig) -> UpdateConfig:
+    """Return the configuration of plain fine-tuning of the same weights."""
+    return settings.model_copy(update={"method": "seqft", "method_options": {}, "memory_mode": "fast"})
+
+
+class _Run:
+    """What all ways of training have in common: the model's configuration, the arguments and the batches."""
+
+    def __init__(self, settings: UpdateConfig, machine: Machine | None, inputs: Inputs | None) -> None:
+        self.settings = settings
+        self.model_config = load_model_config(settings)
+        self.arguments = training_arguments(
+            settings.training, settings.output_dir, hidden_size=model_width(self.model_config),
+            seq2seq=bool(self.model_config.is_encoder_decoder),
+            learning_rate_scale=METHODS[settings.method].learning_rate_scale,
+            optimizer_in_backward=settings.optimizer_in_backward,
+        )  # fmt: skip
+        _check_no_compiler(self.arguments)
+        self.machine = machine or this_machine(self.arguments.device.type)
+        self.index = read_lineage(settings.model_name_or_path).updates
+        self.batches = batches_of(settings, self.arguments, self.model_config, inputs)
+
+    def way(self, settings: UpdateConfig) -> Way:
+        """Return what one way of training needs."""
+        model, step = self._dry(settings, self.batches.worst)
+        same = self.batches.mean == self.batches.worst
+        typical = step if same else self._dry(settings, self.batches.mean)[1]
+        micro, update = self.machine.seconds(typical.micro), self.machine.seconds(typical.update)
+        count = self.arguments.gradient_accumulation_steps
+        split = [layer for layer in protected_layers(model).values() if protected_directions(layer)]
+        shapes = Counter((layer.out_basis.dim, layer.in_basis.dim) for layer in split)
+        return Way(
+            label=_label(settings),
+            trainable=step.trainable,
+            phases=self._phases(model, step),
+            disk=disk(model, step, self.arguments, self.batches.steps),
+            split_seconds=split_seconds(shapes, self.machine),
+            step_seconds=None if micro is None or update is None else count * micro + update,
+        )
+
+    def _dry(self, settings: UpdateConfig, batch: Batch) -> Any:
+        model = blank_model(settings, self.model_config)
+        task = TaskData("forecast", self.index, self.index + 1, [], dict, self.arguments.seed)  # type: ignore[arg-type]
+        method = begin(model, settings, task)
+        in_backward = settings.optimizer_in_backward
+        return model, dry_step(model, method, batch, self.arguments, self.machine.device, in_backward=in_backward)
+
+    def _phases(self, model: Any, step: Step) -> list[Phase]:
+        scored = self.batches.scored
+        scoring = None if scored is None else dry_score(model, scored, self.machine.device)
+        splitting, auditing = (largest(kind, model) for kind in (split_workspace, audit_workspace))
+        return phases(step, splitting, auditing, self.machine, scoring)
+
+    def largest(self) -> dict[str, float | None]:
+        """Return, for each memory mode, the largest free share that fits the device, None where none does."""
+        return {mode: self._largest(mode) for mode in MEMORY_MODES}
+
+    def _largest(self, mode: str) -> float | None:
+        low, high = -1, len(RATIOS) - 1  # RATIOS[low] fits, what is above high does not
+        if self._fits(mode, RATIOS[high]):
+            return RATIOS[high]
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._fits(mode, RATIOS[middle]) else (low, middle)
+        return RATIOS[low] if low >= 0 else None
+
+    def _fits(self, mode: str, ratio: float) -> bool:
+        amounts = ("effective_rank", "osft_unfreeze_rank_ratio", "rank_schedule")
+        update = dict.fromkeys(amounts) | {"unfreeze_rank_ratio": ratio, "memory_mode": mode, "ranks": "uniform"}
+        model, step = self._dry(self.settings.model_copy(update=update), self.batches.worst)
+        found = self._phases(model, step)
+        return max(sum(phase.device.values()) for phase in found) <= self.machine.memory
+
+
+def _check_no_compiler(arguments: TrainingArguments) -> None:
+    if arguments.torch_compile:
+        raise LoricaError(
+            "--torch_compile cannot be forecast: what a compiler keeps and fuses is its own; leave it out for an "
+            "upper bound"
+        )
+
+
+def _label(settings: UpdateConfig) -> str:
+    if settings.method == "seqft":
+        return "plain fine-tuning"
+    return f"{settings.method}, {settings.memory_mode}" if settings.method == "osft" else settings.method
+
+
+def _free_disk(output_dir: str) -> int | None:
+    """Return the free bytes where the output folder is to be, if one is named."""
+    if not output_dir:
+        return None
+    path = Path(output_dir).absolute()
+    there = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
+    return None if there is None else shutil.disk_usage(there).free
