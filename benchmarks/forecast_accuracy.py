@@ -1,14 +1,14 @@
 """How near `lorica check` comes to what `lorica train` then takes: peak memory, forecast over measured.
 
-    python benchmarks/forecast_accuracy.py [--widths 256 512] [--layers 2] [--tokens 1024] [--length 256]
-                                           [--methods plain 0.5 0.75 0.9] [--modes fast lean]
-                                           [--output docs/results/forecast.json]
+    python benchmarks/forecast_accuracy.py                       # the grid of step_time.py, about 20 minutes on 2 cores
+    python benchmarks/forecast_accuracy.py --width 512 --layers 2 --tokens 1024 4096
 
-For each configuration a Llama of random weights and a file of random rows are written to a temporary folder. Then two
-processes of their own run in turn: one forecasts, from the folder's config.json and the rows alone, and one is
-``lorica.train`` with the very same options. What it took is the system's figure for that process (VmHWM: the most that
-was resident at once), which Linux lets a process set back, so that each part of the run has one. Memory,
-unlike time, can be measured on a busy machine.
+At every point plain fine-tuning and both memory modes at 0.75 protected, at some also the other shares. For each a
+Llama of random weights and a file of random rows are written to a temporary folder. Then two processes of their own run
+in turn: one forecasts, from the folder's config.json and the rows alone, and one is ``lorica.train`` with the very same
+options. What it took is the system's figure for that process (VmHWM: the most that was resident at once), which Linux
+lets a process set back, so that each part of the run has one. Memory, unlike time, can be measured on a busy machine.
+Results are written after each point; points that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.step_time import GRID, Configuration
 from lorica.record import environment, write_json
 
 VOCABULARY = 512
 STEPS = 3
+ALL_SHARES_AT = 2048
+"""Tokens per step at which every protected share of the grid is run."""
+
+RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "forecast.json"
 HERE = Path(__file__)
 
 
@@ -169,38 +176,43 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048])
-    parser.add_argument("--layers", type=int, nargs="+", default=[2])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument(
-        "--methods", nargs="+", default=["plain", "0.5", "0.75", "0.9"], help="plain, or protected shares"
-    )
-    parser.add_argument("--modes", nargs="+", default=["fast", "lean"])
-    parser.add_argument("--output", type=Path, default=Path("docs/results/forecast.json"))
-    return parser.parse_args()
+def runs_at(point: Configuration) -> list[tuple[str, str]]:
+    """Return the methods, and their memory modes, that are run at a point of the grid."""
+    shares = point.shares if point.tokens == ALL_SHARES_AT else (0.75,)
+    return [("plain", "fast"), *itertools.product(map(str, shares), ("fast", "lean"))]
+
+
+def measure_point(point: Configuration) -> list[dict[str, Any]]:
+    """Return a row for each run at a point of the grid."""
+    shape = {"width": point.width, "layers": point.layers, "tokens": point.tokens, "length": point.length}
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        in_own_process("make", shape | {"folder": name}, folder / "made.json")
+        for method, mode in runs_at(point):
+            rows.append(compare(shape, method, mode, folder))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    return rows
 
 
 def main() -> None:
-    chosen = arguments()
-    rows = []
-    for width, layers, tokens in itertools.product(chosen.widths, chosen.layers, chosen.tokens):
-        shape = {"width": width, "layers": layers, "tokens": tokens, "length": chosen.length}
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            in_own_process("make", shape | {"folder": name}, folder / "made.json")
-            for method, mode in itertools.product(chosen.methods, chosen.modes):
-                if method == "plain" and mode != chosen.modes[0]:
-                    continue  # a mode is a mode of protection
-                rows.append(compare(shape, method, mode, folder))
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, help="one width instead of the built-in grid")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--output", type=Path, default=RESULT)
+    chosen = parser.parse_args()
+    own = [Configuration(chosen.width, chosen.layers, tokens) for tokens in chosen.tokens]
+    rows: list[dict[str, Any]] = json.loads(chosen.output.read_text())["rows"] if chosen.output.is_file() else []
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    for point in own if chosen.width else GRID:
+        if not any(all(row[name] == getattr(point, name) for name in ("width", "layers", "tokens")) for row in rows):
+            rows += measure_point(point)
+            settings = {"steps": STEPS, "vocabulary": VOCABULARY}
+            write_json(chosen.output, {"settings": settings, "rows": rows, **environment()})
     print(table(rows))
     worst = max(rows, key=lambda row: abs(math.log(row["ratio"])))
     print(f"farthest off: forecast / measured = {worst['ratio']:.2f}")
-    chosen.output.parent.mkdir(parents=True, exist_ok=True)
-    write_json(chosen.output, {"settings": {"steps": STEPS, "vocabulary": VOCABULARY}, "rows": rows, **environment()})
 
 
 if __name__ == "__main__":

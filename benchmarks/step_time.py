@@ -1,6 +1,6 @@
 """Step time, training state and leakage of Lorica, plain fine-tuning, LoRA and the peers: same model, batch and data.
 
-    python benchmarks/step_time.py                                     # the built-in grid, about 35 minutes on 2 cores
+    python benchmarks/step_time.py                                     # the built-in grid, about 45 minutes on 2 cores
     python benchmarks/step_time.py --width 512 --layers 4 --tokens 2048 8192
 
 In each round every method takes one step on the same tokens, one method after the other, so that a drift of the
@@ -52,9 +52,10 @@ class Configuration(NamedTuple):
 
 
 GRID = [
-    *(Configuration(256, 4, tokens) for tokens in (1024, 2048, 8192)),
+    *(Configuration(256, 4, tokens) for tokens in (1024, 2048, 8192, 16384)),
     Configuration(256, 4, 65536, shares=(0.75,)),
     *(Configuration(512, 4, tokens) for tokens in (1024, 2048, 8192)),
+    Configuration(512, 4, 16384, shares=(0.75,)),
     *(Configuration(1024, 2, tokens) for tokens in (1024, 2048)),
     Configuration(1024, 2, 8192, shares=(0.75,)),
     *(Configuration(2048, 1, tokens, shares=(0.75,)) for tokens in (2048, 8192)),

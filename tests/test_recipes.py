@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from lorica.benchmarks import find_stream
-from lorica.config import read_config
 from lorica.experiments.config import RunConfig, build_run_config
 from lorica.experiments.setup import chosen_settings
 from lorica.methods import METHODS
 from lorica.training.arguments import check_arguments
+from lorica.values import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "benchmarks" / "recipes"

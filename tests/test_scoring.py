@@ -12,10 +12,10 @@ import pytest
 
 import lorica
 import lorica.evaluation.scorer
-from lorica.config import validated
 from lorica.errors import LoricaError
 from lorica.scoring import _is_ours, evaluate_model
 from lorica.scoring_options import EvalOptions
+from lorica.values import validated
 from tests.experiments.conftest import Write, write  # noqa: F401
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 

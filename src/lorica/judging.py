@@ -19,6 +19,7 @@ from lorica.evaluation.judge import Judge, Judgement, compare, describe, summary
 from lorica.evaluation.prompts import Prompt, read_prompts
 from lorica.evaluation.refusal import refusal_rate
 from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
+from lorica.told import progress_bar
 from lorica.training.models import (
     check_output_dir,
     make_output_dir,
@@ -27,7 +28,6 @@ from lorica.training.models import (
     read_model_config,
     read_tokenizer,
 )
-from lorica.update import progress_bar
 
 JUDGEMENTS, RECORD = "judgements.jsonl", "judge.json"
 SIDES = ("before", "after")

@@ -12,7 +12,8 @@ from lorica.bootstrap import interval
 from lorica.data.dataset import EncodedDataset
 from lorica.data.positions import position_limit
 from lorica.data.reader import READERS
-from lorica.data.stream import Ability, Scored, TaskStream
+from lorica.data.scored import Ability, Scored
+from lorica.data.stream import TaskStream
 from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
 from lorica.evaluation.metrics import checked, majority_floor

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import set_seed
-from transformers.utils import logging as transformers_logging
 
 from lorica.config import UpdateConfig, build_config
 from lorica.data.collate import Collator
@@ -32,6 +31,7 @@ from lorica.methods import METHODS, Protection, TaskData
 from lorica.record import SCHEMA, Stopwatch, environment, peak_cuda_memory, peak_memory, redacted, write_json
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
+from lorica.told import comparison, foreseen, memory_told, progress_bar
 from lorica.training.arguments import check_arguments, check_trackers, training_arguments, wide_states
 from lorica.training.checkpoints import (
     check_identity,
@@ -84,7 +84,7 @@ class Update:
         given = check_arguments(config.training)
         if config.eval_file is None and given.get("eval_strategy", "no") != "no":
             raise LoricaError("--eval_strategy needs rows to score: give --eval_file")
-        self.resume = checkpoint_to_resume(given.get("resume_from_checkpoint"), config.output_dir)
+        self.resume = checkpoint_to_resume(given.get("resume_from_checkpoint"), config.output_dir, say)
         self.keeps_checkpoints = any(name.startswith(("save_", "load_best")) for name in given)
         check_output_dir(config.output_dir, resuming=self.resume is not None)
         self.plan = Plan.load(config.plan_file) if config.plan_file else None
@@ -109,6 +109,8 @@ class Update:
 
     def run(self) -> dict[str, Any]:
         """Carry the update out and return its record."""
+        way, line = foreseen(self.config, self.inputs)
+        self.say(line)
         set_seed(self.arguments.seed)
         self.method.load_state_dict(self.lineage.memory(self.config.method))
         model = load_model(self.config, self.model_config, self.arguments.device)
@@ -145,15 +147,18 @@ class Update:
             "carried_bytes": size_of(self.method.state_dict()),
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
-            "cost": {
-                "seconds": self.watch.seconds,
-                "peak_rss_bytes": peak_memory(),
-                "peak_cuda_bytes": peak_cuda_memory(),
-                "trainable_parameters": trainable,
-            },
+            "cost": self._cost(trainable) | {"expected_peak_bytes": None if way is None else way.device_bytes},
         }
         self._finish(output_dir, record)
         return record
+
+    def _cost(self, trainable: int) -> dict[str, Any]:
+        return {
+            "seconds": self.watch.seconds,
+            "peak_rss_bytes": peak_memory(),
+            "peak_cuda_bytes": peak_cuda_memory(),
+            "trainable_parameters": trainable,
+        }
 
     def _begin(self, model: Any) -> Plan | None:
         self.method.begin_task(model, self._task(), progress=progress_bar("splitting weights"))
@@ -255,39 +260,3 @@ class Update:
             "training_arguments": redacted(self.arguments.to_sanitized_dict()),
             **environment(),
         }
-
-
-def progress_bar(what: str) -> Callable[[str, int, int], None]:
-    """Return a progress callback that draws transformers' progress bar, with the time left."""
-    bar: Any = None
-
-    def advance(name: str, done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = transformers_logging.tqdm(total=total, desc=what, leave=False)
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return advance
-
-
-def memory_told(cost: Mapping[str, Any], parameters: int) -> str:
-    """Return the line that says how much memory the whole update took at its peak, and for training how much."""
-    peaks = {"resident": cost["peak_rss_bytes"], "on the GPU": cost["peak_cuda_bytes"]}
-    told = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peaks.items() if size is not None)
-    return (
-        f"memory: peak {told or 'unknown'}; {cost['trainable_parameters']:,} numbers trained, {parameters:,} parameters"
-    )
-
-
-def comparison(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return one line per scored file: its scores before and after."""
-    pairs = [("new task", before["eval"], after["eval"])] if before["eval"] else []
-    pairs += [(name, before["retention"][name], after["retention"][name]) for name in before["retention"]]
-    return [f"{name}: {_scored(a)} -> {_scored(b)}" for name, a, b in pairs]
-
-
-def _scored(score: Score) -> str:
-    match = score["exact_match"]
-    return f"loss {score['loss']:.3f}" + (f", exact match {match:.1f} %" if match is not None else "")

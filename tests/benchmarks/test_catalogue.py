@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorica.benchmarks import catalogue, find_stream
-from lorica.data.stream import Scored, TaskStream
+from lorica.data.scored import Scored
+from lorica.data.stream import TaskStream
 from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
 from lorica.evaluation.metrics import METRICS, Answer

@@ -47,7 +47,9 @@ def test_the_core_gradient_is_the_reduced_dense_gradient(out_kind: str, in_kind:
 def test_lift_is_the_dense_product(out_kind: str, in_kind: str) -> None:
     out, inp = basis(out_kind, M, torch.float64), basis(in_kind, N, torch.float64, 1)
     core = matrix(out.free, inp.free, 4, torch.float64)
-    torch.testing.assert_close(lift(core, out, inp), wide(out) @ core @ wide(inp).T)
+    lifted = lift(core, out, inp)
+    torch.testing.assert_close(lifted, wide(out) @ core @ wide(inp).T)
+    assert lifted.is_contiguous()  # added to W0: across memory that takes several times as long
 
 
 @pytest.mark.parametrize("out_kind", KINDS)

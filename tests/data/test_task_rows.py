@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
-from lorica.data.stream import Ability, HubSource, Task, TaskStream
+from lorica.data.scored import Ability, HubSource, Task
+from lorica.data.stream import TaskStream
 from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
 

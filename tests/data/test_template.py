@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from lorica.data.encode import encode
 from lorica.data.example import Pair
 from lorica.data.record import RowError
-from lorica.data.stream import Task, TaskStream
+from lorica.data.scored import Task
+from lorica.data.stream import TaskStream
 from lorica.data.template import PairTemplate, fill, template_fields, template_problem
 from lorica.data.validate import fingerprint
 from lorica.errors import LoricaError

@@ -89,6 +89,8 @@ def test_reduce_and_expand_are_the_dense_matrix(basis: Basis) -> None:
     rows, reduced = matrix(7, basis.dim, 3, torch.float64), matrix(7, basis.free, 4, torch.float64)
     torch.testing.assert_close(basis.reduce(rows), rows @ q)
     torch.testing.assert_close(basis.expand(reduced), reduced @ q.T)
+    torch.testing.assert_close(basis.reduce_columns(rows.T), q.T @ rows.T)
+    torch.testing.assert_close(basis.expand_columns(reduced.T), q @ reduced.T)
     batched = rows.reshape(1, 7, basis.dim)
     torch.testing.assert_close(basis.reduce(batched), (rows @ q)[None])
     assert basis.reduce(rows.float()).dtype == torch.float32

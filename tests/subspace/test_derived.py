@@ -41,12 +41,15 @@ def test_products_are_those_of_the_dense_matrix() -> None:
     rows, reduced = matrix(7, 30, 1, F64), matrix(7, 24, 2, F64)
     torch.testing.assert_close(basis.reduce(rows), rows @ q)
     torch.testing.assert_close(basis.expand(reduced), reduced @ q.T)
+    torch.testing.assert_close(basis.reduce_columns(rows.T), q.T @ rows.T)
+    torch.testing.assert_close(basis.expand_columns(reduced.T), q @ reduced.T)
     torch.testing.assert_close(basis.reduce(rows[None]), (rows @ q)[None])
     assert basis.reduce(rows.float()).dtype == torch.float32
-    for product, given_rows in ((basis.reduce, rows), (basis.expand, reduced)):
+    products = ((basis.reduce, rows), (basis.expand, reduced))
+    for product, seven in (*products, (basis.reduce_columns, rows.T), (basis.expand_columns, reduced.T)):
         with FlopCounterMode(display=False) as counter:
-            product(given_rows)
-        assert counter.get_total_flops() == len(given_rows) * basis.flops()
+            product(seven)
+        assert counter.get_total_flops() == 7 * basis.flops()
 
 
 def test_any_weight_that_the_constraint_allows_gives_the_same_basis() -> None:

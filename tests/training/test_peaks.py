@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 import lorica
 from lorica.config import build_config
 from lorica.lineage import weights_sha256
+from lorica.told import memory_told
 from lorica.training import models
 from lorica.training.checkpoints import load_weights
 from lorica.training.models import read_model, read_model_config, save_model
-from lorica.update import memory_told
 from lorica.update import train as update
 from tests.builders import batch, protected_tiny, tiny, train, trainable
 from tests.training.conftest import byte_tokenizer
@@ -71,11 +71,23 @@ def test_the_peak_is_told_and_recorded(llama_folder: Path, rows: Callable[..., s
     assert 2e8 < cost["peak_rss_bytes"] < 2e10
     assert (cost["peak_cuda_bytes"] is not None) == torch.cuda.is_available()
     assert memory_told(cost, record["model_parameters"]) in told
+    (foretold,) = [line for line in told if line.startswith("memory: about ")]
+    assert "expected, in " in foretold
+    assert foretold.endswith(", fast")
+    assert 2e8 < cost["expected_peak_bytes"] < 2e10
+
+
+def test_a_method_that_cannot_be_forecast_says_so(llama_folder: Path, rows: Callable[..., str], tmp_path: Path) -> None:
+    values = {"model_name_or_path": str(llama_folder), "train_file": rows("new"), "output_dir": str(tmp_path / "out")}
+    told: list[str] = []
+    record = update(build_config(values | {"max_steps": 2, "disable_tqdm": True, "method": "ewc"}), say=told.append)
+    assert [line for line in told if line.startswith("memory: not forecast: ")]
+    assert record["cost"]["expected_peak_bytes"] is None
 
 
 def test_both_memories_are_told_where_there_are_two() -> None:
-    cost = {"peak_rss_bytes": 3 * 2**30, "peak_cuda_bytes": 5 * 2**28, "trainable_parameters": 1234}
-    line = "memory: peak 3.00 GiB resident, 1.25 GiB on the GPU; 1,234 numbers trained, 5,678 parameters"
+    cost = {"peak_rss_bytes": 3_000_000_000, "peak_cuda_bytes": 1_250_000_000, "trainable_parameters": 1234}
+    line = "memory: peak 3.00 GB resident, 1.25 GB on the GPU; 1,234 numbers trained, 5,678 parameters"
     assert memory_told(cost, 5678) == line
     assert "peak unknown" in memory_told(cost | {"peak_rss_bytes": None, "peak_cuda_bytes": None}, 1)
 

@@ -35,7 +35,7 @@ CALIBRATION_ROWS = 256
 
 Say = Callable[[str], None]
 Bars = Callable[[str], Progress]
-"""From what is being done to the callback that is told how far it is; ``lorica.update.progress_bar`` is one."""
+"""From what is being done to the callback that is told how far it is; ``lorica.told.progress_bar`` is one."""
 
 
 def inspect_model(options: InspectOptions, say: Say = print, bars: Bars | None = None) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from lorica.commands.options import given_values, takes_options_of
-from lorica.config import parse_options, read_config
 from lorica.errors import LoricaError
 from lorica.forecast.options import ForecastConfig, build_forecast_config
+from lorica.values import parse_options, read_config
 
 DOES_NOT_FIT = 1
 """Exit status where the run would not fit the device."""

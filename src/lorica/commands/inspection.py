@@ -54,6 +54,6 @@ def inspect(
     given = {name: value for name, value in locals().items() if name != "model" and value not in (None, [])}
     from lorica.analysis.inspect import inspect_model
     from lorica.analysis.options import InspectOptions
-    from lorica.update import progress_bar
+    from lorica.told import progress_bar
 
     inspect_model(InspectOptions(model_name_or_path=model, **given), bars=progress_bar)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from lorica.commands.options import given_values, takes_options_of
-from lorica.config import UpdateConfig, build_config, parse_options, read_config
+from lorica.config import UpdateConfig, build_config
 from lorica.experiments.config import RunConfig, build_run_config
+from lorica.values import parse_options, read_config
 
 REJECTED = 3
 """Exit status of an update that forgot more than ``--max_forgetting`` allows."""

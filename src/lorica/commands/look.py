@@ -1,4 +1,4 @@
-"""``audit``, ``report`` and ``list``: the commands that only look."""
+"""``audit``, ``verify``, ``report`` and ``list``: the commands that only look."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def audit(
     from lorica.constrain.audit import audit as run_audit
     from lorica.record import environment, write_json
     from lorica.subspace.plan import Plan
-    from lorica.update import progress_bar
+    from lorica.told import progress_bar
 
     loaded = Plan.load(plan) if plan else None
     report = run_audit(
@@ -49,6 +49,22 @@ def audit(
             },
         )
     if not report.holds:
+        raise typer.Exit(1)
+
+
+def verify(
+    folder: Annotated[str, typer.Argument(help="An output folder, or one of its checkpoints.")],
+) -> None:
+    """Check that checkpoints and model are whole and unchanged since they were written.
+
+    Exit status 1 if one is not.
+    """
+    from lorica.verification import verify as run_verify
+
+    found = run_verify(folder)
+    for one in found:
+        print(one)
+    if any(one.problem for one in found):
         raise typer.Exit(1)
 
 

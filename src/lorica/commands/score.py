@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from lorica.commands.options import given_values, takes_options_of
-from lorica.config import validated
 from lorica.errors import LoricaError
 from lorica.scoring_options import EvalOptions
+from lorica.values import validated
 
 
 @takes_options_of(EvalOptions, positional=["model_name_or_path"])
@@ -19,8 +19,8 @@ def evaluate(ctx: typer.Context, config: str | None, **given: Any) -> None:
 
     MODEL is a folder or a name on the hub. Example: lorica eval OUT --tasks new.jsonl general arc_easy
     """
-    from lorica.config import read_config
     from lorica.scoring import evaluate_model
+    from lorica.values import read_config
 
     evaluate_model(validated(EvalOptions, (read_config(config) if config else {}) | given_values(given)))
 

@@ -14,7 +14,7 @@ def export_update(
 ) -> None:
     """Save what one update changed, alone, so that it can be put on and taken off again bit for bit."""
     from lorica.artefacts.export import export_update as run_export
-    from lorica.update import progress_bar
+    from lorica.told import progress_bar
 
     run_export(before, after, output, progress=progress_bar("comparing tensors"))
 
@@ -31,7 +31,7 @@ def apply(
 ) -> None:
     """Put updates on a model, take them off, scale one, or compose several that leave each other alone."""
     from lorica.artefacts.apply import apply_updates
-    from lorica.update import progress_bar
+    from lorica.told import progress_bar
 
     bar = progress_bar("reading and writing tensors")
     apply_updates(model, updates, output_dir, remove=remove, scale=scale, allow_overlap=allow_overlap, progress=bar)

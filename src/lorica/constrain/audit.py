@@ -16,7 +16,7 @@ from lorica.constrain.checkpoint import Stripped, Weights, open_weights, prefix_
 from lorica.constrain.planning import UNFREEZE_RANK_RATIO
 from lorica.constrain.targets import is_target_key, natural_order
 from lorica.errors import LoricaError
-from lorica.subspace.linalg import spectrum_points
+from lorica.subspace.linalg import ROWS, spectrum_points
 from lorica.subspace.plan import MEASURED, Pair, Plan, PlanEntry
 from lorica.subspace.ranks import share_to_count
 from lorica.subspace.sources import Protected, directions_and_spectrum
@@ -41,11 +41,20 @@ def leakage(delta_MN: Tensor, u_MA: Tensor, v_NB: Tensor) -> tuple[float, float]
     """
     if delta_MN.shape != (u_MA.shape[0], v_NB.shape[0]):
         raise ValueError(f"bases do not fit: {delta_MN.shape=} {u_MA.shape=} {v_NB.shape=}")
-    d = delta_MN.double()
-    norm = d.norm()
-    if norm == 0:
-        return 0.0, 0.0
-    return ((u_MA.double().T @ d).norm() / norm).item(), ((d @ v_NB.double()).norm() / norm).item()
+    u, v = u_MA.double(), v_NB.double()
+    squares = torch.zeros(2, dtype=torch.float64, device=delta_MN.device)
+    left_AN = torch.zeros(u.shape[1], v.shape[0], dtype=torch.float64, device=delta_MN.device)
+    for rows in _row_blocks(delta_MN):
+        d = delta_MN[rows].double()
+        left_AN.addmm_(u[rows].T, d)
+        squares += torch.stack([d.square().sum(), (d @ v).square().sum()])
+    norm, right = squares.sqrt()
+    return (0.0, 0.0) if norm == 0 else ((left_AN.norm() / norm).item(), (right / norm).item())
+
+
+def _row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """Yield the rows of a matrix, some at a time: in float64 a whole weight takes up to four times its memory."""
+    return (slice(start, start + ROWS) for start in range(0, len(matrix), ROWS))
 
 
 def rounding_share(before_MN: Tensor, after_MN: Tensor) -> float:
@@ -57,14 +66,25 @@ def rounding_share(before_MN: Tensor, after_MN: Tensor) -> float:
     mean over the weight stands for it. No constraint can be seen more exactly than this share, times the
     protected share of the directions.
     """
-    after = after_MN.double()
-    delta = after - before_MN.double()
     eps = max(torch.finfo(before_MN.dtype).eps, torch.finfo(after_MN.dtype).eps)
-    exponent = torch.frexp(after).exponent
-    step = torch.ldexp(torch.full_like(after, eps), exponent - 1)
-    error = (step.square() / 12).clamp_max(delta.square().mean())
-    norm = delta.norm()
-    return 0.0 if norm == 0 else (error.sum().sqrt() / norm).item()
+    square = _sum(before_MN, lambda rows: _change(before_MN, after_MN, rows).square().sum())
+    mean = square / max(before_MN.numel(), 1)
+
+    def error(rows: slice) -> Tensor:
+        after = after_MN[rows].double()
+        step = torch.ldexp(torch.full_like(after, eps), torch.frexp(after).exponent - 1)
+        return step.square_().div_(12).clamp_max_(mean).sum()
+
+    return 0.0 if square == 0 else (_sum(before_MN, error) / square) ** 0.5
+
+
+def _change(before_MN: Tensor, after_MN: Tensor, rows: slice) -> Tensor:
+    return after_MN[rows].to(torch.float64, copy=True).sub_(before_MN[rows].double())
+
+
+def _sum(matrix: Tensor, part: Callable[[slice], Tensor]) -> float:
+    """Return the sum over blocks of rows of what ``part`` makes of each."""
+    return float(sum(part(rows) for rows in _row_blocks(matrix)))
 
 
 def audit_weight(
@@ -89,8 +109,7 @@ def audit_weight(
     if before_MN.shape != after_MN.shape:
         raise LoricaError(f"{entry.name}: shape {tuple(before_MN.shape)} before and {tuple(after_MN.shape)} after")
     directions, sigma_S = directions_and_spectrum(before_MN, entry, moment_NN, learned)
-    before = before_MN.double()
-    delta = after_MN.double() - before
+    delta = _change(before_MN, after_MN, slice(None))
     leak_u, leak_v = _leaks(delta, directions, entry.constraint)
     master = None if master_delta_MN is None else _leaks(master_delta_MN, directions, entry.constraint)
     free_u, free_v = _unconstrained(directions, entry.constraint)
@@ -106,11 +125,16 @@ def audit_weight(
         unconstrained_v=free_v,
         floor_u=None if free_u is None else rounding * free_u,
         floor_v=None if free_v is None else rounding * free_v,
-        relative_change=delta.norm().item() / max(before.norm().item(), _TINY),
+        relative_change=delta.norm().item() / max(_norm(before_MN), _TINY),
         master_leak_u=None if master is None else master[0],
         master_leak_v=None if master is None else master[1],
         spectrum=None if sigma_S is None else spectrum_points(sigma_S),
     )
+
+
+def _norm(matrix: Tensor) -> float:
+    """Return the Frobenius norm in float64."""
+    return _sum(matrix, lambda rows: matrix[rows].double().square().sum()) ** 0.5
 
 
 def _leaks(delta_MN: Tensor, directions: Protected, constraint: str) -> tuple[float | None, float | None]:

@@ -171,8 +171,9 @@ class SubspaceLayer(nn.Module):
         return self.base.to(self.core.device, copy=True, non_blocking=True) if aside else self.base
 
     def _lifted(self, origin: Tensor) -> Tensor:
-        sides = self._exact or (self.out_basis, self.in_basis)
-        out, inp = (basis.mapped(lambda kept: kept.to(origin.device, non_blocking=True)) for basis in sides)
+        out, inp = self.out_basis, self.in_basis
+        if self._exact is not None:
+            out, inp = (side.mapped(lambda kept: kept.to(origin.device, non_blocking=True)) for side in self._exact)
         return lift(self.core.detach(), out.on(origin), inp.on(origin.T))
 
     @torch.no_grad()

@@ -76,19 +76,19 @@ def core_gradient(dy_TM: Tensor, x_TN: Tensor, out: Basis, inp: Basis, order: st
     if order is None:
         order = cheapest(order_flops(x_TN.shape[0], out, inp))
     if order == "input-first":
-        return out.reduce((dy_TM.T @ inp.reduce(x_TN)).T).T
+        return out.reduce_columns(dy_TM.T @ inp.reduce(x_TN))
     if order == "output-first":
         return inp.reduce(out.reduce(dy_TM).T @ x_TN)
     if order == "both":
         return out.reduce(dy_TM).T @ inp.reduce(x_TN)
-    return out.reduce(inp.reduce(dy_TM.T @ x_TN).T).T
+    return out.reduce_columns(inp.reduce(dy_TM.T @ x_TN))
 
 
 def lift(core_PQ: Tensor, out: Basis, inp: Basis) -> Tensor:
     """Return ``Q_U M Q_V^T`` (M x N), the weight change that the reduced coordinates stand for."""
     if out.free * inp.flops() + inp.dim * out.flops() <= inp.free * out.flops() + out.dim * inp.flops():
-        return out.expand(inp.expand(core_PQ).T).T
-    return inp.expand(out.expand(core_PQ.T).T)
+        return out.expand_columns(inp.expand(core_PQ))
+    return inp.expand(out.expand_columns(core_PQ))
 
 
 class ReducedLinear(torch.autograd.Function):

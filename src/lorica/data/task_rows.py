@@ -17,7 +17,8 @@ from lorica.data.layouts import FORMAT, LAYOUTS, LayoutSource
 from lorica.data.reader import HubSource as HubRows
 from lorica.data.reader import Source, open_source
 from lorica.data.record import RowError
-from lorica.data.stream import HubSource, Scored, Task, TaskStream
+from lorica.data.scored import HubSource, Scored, Task
+from lorica.data.stream import TaskStream
 from lorica.data.template import PairTemplate, fill
 from lorica.data.validate import Report, validate
 from lorica.errors import LoricaError, did_you_mean

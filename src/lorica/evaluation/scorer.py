@@ -10,7 +10,7 @@ from torch import nn
 
 from lorica.data.dataset import EncodedDataset
 from lorica.data.encoder import Encoded
-from lorica.data.stream import Scored
+from lorica.data.scored import Scored
 from lorica.data.tokens import Codec
 from lorica.errors import LoricaError
 from lorica.evaluation.choices import choose

@@ -9,7 +9,8 @@ from typing import Any
 
 from lorica.benchmarks import catalogue, find_stream
 from lorica.data.reader import READERS
-from lorica.data.stream import Ability, Scored, TaskStream
+from lorica.data.scored import Ability, Scored
+from lorica.data.stream import TaskStream
 from lorica.errors import LoricaError, did_you_mean
 
 SHARES = ("exact_match", "acc", "acc_norm")

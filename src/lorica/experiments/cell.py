@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainingArguments, set_seed
 
 from lorica.data.dataset import EncodedDataset
-from lorica.data.stream import Scored, Task
+from lorica.data.scored import Scored, Task
 from lorica.errors import Interrupted
 from lorica.evaluation.scorer import TaskScores, score_task
 from lorica.experiments.abilities import FromFile, FromHarness, HeldOut

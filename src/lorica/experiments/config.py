@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lorica.config import explain, split_training
 from lorica.errors import LoricaError
+from lorica.values import explain, split_training
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 

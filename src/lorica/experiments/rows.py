@@ -10,7 +10,8 @@ import numpy as np
 
 from lorica.data.dataset import EncodedDataset, Kind
 from lorica.data.positions import position_limit
-from lorica.data.stream import Scored, TaskStream
+from lorica.data.scored import Scored
+from lorica.data.stream import TaskStream
 from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
 from lorica.experiments.abilities import FromFile, HeldOut

@@ -10,10 +10,10 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments, set_seed
 
 from lorica.benchmarks import find_stream
-from lorica.config import read_config
 from lorica.data.collate import Collator
 from lorica.data.dataset import Kind
-from lorica.data.stream import MethodSettings, Task, TaskStream
+from lorica.data.scored import Task
+from lorica.data.stream import MethodSettings, TaskStream
 from lorica.errors import LoricaError, did_you_mean
 from lorica.evaluation.metrics import checked
 from lorica.evaluation.scorer import TaskScores, check_answers, check_choices
@@ -26,6 +26,7 @@ from lorica.methods import METHODS, Method
 from lorica.training.arguments import check_trackers, default_learning_rate, training_arguments
 from lorica.training.classifiers import read_any_config, read_classifier
 from lorica.training.models import model_width, read_model, read_tokenizer
+from lorica.values import read_config
 
 
 class Setup:

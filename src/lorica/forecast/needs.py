@@ -102,13 +102,16 @@ def protected_directions(layer: SubspaceLayer) -> int:
 
 
 def audit_workspace(m: int, n: int, k: int) -> int:
-    """Return the bytes that ``audit_weight`` takes at once beside the weights: the weight before and the change in
-    float64, the change before rounding, the directions, and what its ``rounding_share`` makes of it (a dry run).
+    """Return the bytes that ``audit_weight`` takes at once beside the weights.
+
+    The change before rounding is there throughout: while the directions are computed anew, and then with the change
+    in float64, the directions, what they have in common, and the rows that ``rounding_share`` looks at (a dry run).
     """
     weight = torch.empty(m, n, device="meta")
     with Ledger() as ledger:
         rounding_share(weight, weight)
-    return 8 * (2 * m * n + (m + n) * k) + weight.nbytes + ledger.peak.total()
+    proof = 8 * (m * n + (m + n) * k + k * n) + ledger.peak.total()
+    return weight.nbytes + max(split_workspace(m, n, k), proof)
 
 
 def largest(workspace: Callable[[int, int, int], int], model: Any) -> int:

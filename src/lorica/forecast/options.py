@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 
 from pydantic import ValidationError, field_validator, model_validator
 
-from lorica.config import UpdateConfig, explain, split_training
+from lorica.config import UpdateConfig
 from lorica.errors import LoricaError
+from lorica.values import explain, split_training
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip

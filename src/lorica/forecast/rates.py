@@ -72,6 +72,17 @@ def this_machine(device: str | None = None) -> Machine:
         device: "cpu" or "cuda"; by default the GPU if there is one.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return replace(
+        unmeasured_machine(device),
+        flops=_matmul_rate(device, torch.float32),
+        narrow_flops=_matmul_rate(device, torch.bfloat16),
+        bandwidth=_copy_rate(device),
+        eigh=_eigh_time(device),
+    )
+
+
+def unmeasured_machine(device: str) -> Machine:
+    """Return what this machine has, without what it can do: enough to forecast memory."""
     cuda = device == "cuda"
     _toy_step()
     return Machine(
@@ -79,10 +90,6 @@ def this_machine(device: str | None = None) -> Machine:
         name=torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
         memory=torch.cuda.get_device_properties(0).total_memory if cuda else host_memory(),
         process=resident(),
-        flops=_matmul_rate(device, torch.float32),
-        narrow_flops=_matmul_rate(device, torch.bfloat16),
-        bandwidth=_copy_rate(device),
-        eigh=_eigh_time(device),
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from lorica.config import UpdateConfig
@@ -19,7 +20,7 @@ from lorica.forecast.dry_model import assumptions, begin, blank_model
 from lorica.forecast.dry_run import Batch, Step, dry_score, dry_step
 from lorica.forecast.needs import Phase, audit_workspace, disk, largest, phases, protected_directions, split_workspace
 from lorica.forecast.options import build_forecast_config
-from lorica.forecast.rates import Machine, split_seconds, this_machine
+from lorica.forecast.rates import Machine, split_seconds, this_machine, unmeasured_machine
 from lorica.forecast.result import Forecast, Way
 from lorica.inputs import Inputs
 from lorica.lineage import read_lineage
@@ -66,6 +67,18 @@ def forecast(
         notes=[*run.batches.notes, *assumptions(settings)],
         disk_free=_free_disk(settings.output_dir),
     )
+
+
+def expected(config: UpdateConfig, inputs: Inputs) -> Way:
+    """Return what a run itself will need, without times: what ``lorica.train`` tells before it begins.
+
+    Call it before the model is loaded: what the process takes by then counts as the process.
+
+    Raises:
+        LoricaError: see ``forecast``.
+    """
+    device = "cpu" if not torch.cuda.is_available() or config.training.get("use_cpu") else "cuda"
+    return _Run(config, unmeasured_machine(device), inputs).way(config)
 
 
 def _plain(settings: UpdateConfig) -> UpdateConfig:

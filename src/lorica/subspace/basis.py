@@ -50,8 +50,16 @@ class Basis(nn.Module):
         """Return ``rows Q^T``: (..., F) to (..., D), in the dtype of ``rows``."""
         raise NotImplementedError
 
+    def reduce_columns(self, columns: Tensor) -> Tensor:
+        """Return ``Q^T columns``: (D, ...) to (F, ...), laid out in rows; ``reduce`` of the transpose would not be."""
+        raise NotImplementedError
+
+    def expand_columns(self, columns: Tensor) -> Tensor:
+        """Return ``Q columns``: (F, ...) to (D, ...), laid out in rows."""
+        raise NotImplementedError
+
     def flops(self) -> int:
-        """Floating point operations of ``reduce`` or ``expand`` for one row."""
+        """Floating point operations of each of these four for one row or column."""
         raise NotImplementedError
 
     def matrix(self) -> Tensor:
@@ -73,6 +81,12 @@ class Everything(Basis):
 
     def expand(self, rows: Tensor) -> Tensor:
         return rows
+
+    def reduce_columns(self, columns: Tensor) -> Tensor:
+        return columns
+
+    def expand_columns(self, columns: Tensor) -> Tensor:
+        return columns
 
     def flops(self) -> int:
         return 0
@@ -96,6 +110,12 @@ class Explicit(Basis):
     def expand(self, rows: Tensor) -> Tensor:
         return rows @ self.q_DF.to(rows.dtype).T
 
+    def reduce_columns(self, columns: Tensor) -> Tensor:
+        return self.q_DF.to(columns.dtype).T @ columns
+
+    def expand_columns(self, columns: Tensor) -> Tensor:
+        return self.q_DF.to(columns.dtype) @ columns
+
     def flops(self) -> int:
         return 2 * self.dim * self.free
 
@@ -115,14 +135,27 @@ class Reflector(Basis):
 
     def reduce(self, rows: Tensor) -> Tensor:
         z_DK = self.z_DK.to(rows.dtype)
-        k = z_DK.shape[1]
-        return rows[..., k:] - 2 * (rows @ z_DK) @ z_DK[k:].T
+        k, flat = z_DK.shape[1], rows.reshape(-1, self.dim)
+        reduced = torch.addmm(flat[:, k:], flat @ z_DK, z_DK[k:].T, alpha=-2)
+        return reduced.view(*rows.shape[:-1], self.free)
 
     def expand(self, rows: Tensor) -> Tensor:
         z_DK = self.z_DK.to(rows.dtype)
         k = z_DK.shape[1]
         result = -2 * (rows @ z_DK[k:]) @ z_DK.T
         result[..., k:] += rows
+        return result
+
+    def reduce_columns(self, columns: Tensor) -> Tensor:
+        z_DK = self.z_DK.to(columns.dtype)
+        k = z_DK.shape[1]
+        return torch.addmm(columns[k:], z_DK[k:], z_DK.T @ columns, alpha=-2)
+
+    def expand_columns(self, columns: Tensor) -> Tensor:
+        z_DK = self.z_DK.to(columns.dtype)
+        k = z_DK.shape[1]
+        result = z_DK @ (z_DK[k:].T @ columns).mul_(-2)
+        result[k:] += columns
         return result
 
     def flops(self) -> int:
@@ -183,6 +216,21 @@ class _ReadOff(Basis):
         result = -2 * (along @ tail_SK.T) @ weight_DS.T
         result[..., :k] -= 2 * along @ head_KK.T
         result[..., k:] += rows
+        return result
+
+    def reduce_columns(self, columns: Tensor) -> Tensor:
+        head_KK, tail_SK, weight_DS = self._cast(columns.dtype)
+        k = head_KK.shape[0]
+        along = torch.addmm(head_KK.T @ columns[:k], tail_SK.T, weight_DS.T @ columns)
+        return torch.addmm(columns[k:], weight_DS[k:], tail_SK @ along, alpha=-2)
+
+    def expand_columns(self, columns: Tensor) -> Tensor:
+        head_KK, tail_SK, weight_DS = self._cast(columns.dtype)
+        k = head_KK.shape[0]
+        along = (tail_SK.T @ (weight_DS[k:].T @ columns)).mul_(-2)
+        result = weight_DS @ (tail_SK @ along)
+        result[:k] += head_KK @ along
+        result[k:] += columns
         return result
 
     def flops(self) -> int:

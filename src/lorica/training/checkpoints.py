@@ -6,15 +6,19 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments
 
 from lorica.constrain.checkpoint import open_weights
 from lorica.errors import LoricaError
+from lorica.training.manifest import damage
+
+STATE = "training_state"
+"""Name of the two files, .safetensors and .json, of everything but the weights."""
 
 IDENTITY_FILE = "update.json"
 """Written before training starts; removed with the checkpoints when it has ended."""
@@ -31,25 +35,23 @@ TRAJECTORY = (
 """Training arguments on which the weights depend: a resumed run must have the same."""
 
 
-def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str, say: Callable[[str], None] = print) -> str | None:
     """Return the checkpoint folder that ``resume_from_checkpoint`` means, or None for a fresh start.
 
     Args:
-        asked: "true" or True for the newest in ``output_dir``, "false", False or None for none, else one of the
-            checkpoint folders in ``output_dir``.
+        asked: "true" or True for the newest complete one in ``output_dir``, "false", False or None for none, else one
+            of the checkpoint folders in ``output_dir``.
+        say: is told of each checkpoint that was passed over, and why.
 
     Raises:
-        LoricaError: there is no such checkpoint, or it lies elsewhere.
+        LoricaError: there is no such checkpoint, it lies elsewhere, or it is damaged.
     """
     text = str(asked).lower()
     if asked is None or text == "false":
         return None
     folder = Path(output_dir)
     if text == "true":
-        newest = get_last_checkpoint(output_dir) if folder.is_dir() else None
-        if newest is None:
-            raise LoricaError(f"--resume_from_checkpoint true: --output_dir {output_dir} holds no checkpoint")
-        return newest
+        return str(_newest_complete(folder, say))
     named = Path(str(asked))
     if not (named / "trainer_state.json").is_file():
         raise LoricaError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
@@ -57,7 +59,39 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | Non
         raise LoricaError(
             f"--resume_from_checkpoint {asked} lies outside --output_dir {output_dir}; a run goes on where it began"
         )
+    if wrong := unusable(named):
+        raise LoricaError(f"--resume_from_checkpoint {asked}: {wrong}; 'true' takes the newest that is complete")
     return str(named)
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first."""
+    named = (folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name))
+    return sorted((folder for folder in named if folder.is_dir()), key=lambda folder: int(folder.name.split("-")[1]))
+
+
+def unusable(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from, None where it can."""
+    if wrong := damage(folder):
+        return wrong
+    if not (folder / f"{STATE}.safetensors").is_file():
+        return "it holds no optimizer state (--save_only_model): going on without would be another run"
+    return None
+
+
+def _newest_complete(output_dir: Path, say: Callable[[str], None]) -> Path:
+    found = checkpoints_in(output_dir)
+    if not found:
+        raise LoricaError(f"--resume_from_checkpoint true: --output_dir {output_dir} holds no checkpoint")
+    for folder in reversed(found):
+        wrong = unusable(folder)
+        if wrong is None:
+            return folder
+        say(f"notice: {folder} is passed over: {wrong}")
+    raise LoricaError(
+        f"--resume_from_checkpoint true: none of the {len(found)} checkpoints in {output_dir} is complete; the newest, "
+        f"{found[-1].name}: {unusable(found[-1])}"
+    )
 
 
 def trajectory(arguments: TrainingArguments) -> dict[str, Any]:
@@ -125,18 +159,6 @@ def load_weights(model: nn.Module, folder: Path) -> bool:
 
 def remove_checkpoints(output_dir: Path) -> None:
     """Remove the checkpoints of an update that has ended; they served to resume it."""
-    for folder in output_dir.glob("checkpoint-*"):
-        if re.fullmatch(r"checkpoint-\d+", folder.name):
-            shutil.rmtree(folder)
+    for folder in checkpoints_in(output_dir):
+        shutil.rmtree(folder)
     (output_dir / IDENTITY_FILE).unlink(missing_ok=True)
-
-
-class WithoutPickledArguments(TrainerCallback):
-    """Removes ``training_args.bin`` from each checkpoint: a pickle that can hold a token and that nothing reads."""
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        (folder / "training_args.bin").unlink(missing_ok=True)
-        return control

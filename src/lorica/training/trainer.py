@@ -15,9 +15,10 @@ from lorica.data.example import IGNORED_LABEL
 from lorica.errors import Interrupted, LoricaError
 from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
-from lorica.training.checkpoints import WithoutPickledArguments, load_weights
+from lorica.training.checkpoints import load_weights
 from lorica.training.in_backward import StepInBackward, check_embeddings, check_method
 from lorica.training.interrupt import SignalCatcher
+from lorica.training.keeper import CheckpointKeeper
 
 
 class Diverged(LoricaError):
@@ -135,7 +136,7 @@ def fit(
     arguments: TrainingArguments,
     *,
     eval_dataset: EncodedDataset | None = None,
-    resume_from_checkpoint: str | bool | None = None,
+    resume_from_checkpoint: str | None = None,
     optimizer_in_backward: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
@@ -146,7 +147,7 @@ def fit(
         collate: makes a batch of rows.
         arguments: transformers' TrainingArguments.
         eval_dataset: for ``eval_strategy``.
-        resume_from_checkpoint: as in ``Trainer.train``.
+        resume_from_checkpoint: a folder of ``checkpoint_to_resume``.
         optimizer_in_backward: see ``StepInBackward``; the arguments have gone through ``check_in_backward``.
         quiet: print none of the Trainer's log.
 
@@ -156,7 +157,7 @@ def fit(
         LoricaError: the method or the optimizer cannot step in the backward pass.
     """
     kind = MethodSeq2SeqTrainer if model.config.is_encoder_decoder else MethodTrainer
-    with SignalCatcher() as catcher:
+    with SignalCatcher() as catcher, CheckpointKeeper(arguments, resume_from_checkpoint) as keeper:
         trainer = kind(
             method=method,
             optimizer_in_backward=optimizer_in_backward,
@@ -166,8 +167,9 @@ def fit(
             eval_dataset=eval_dataset,
             data_collator=collate,
             processing_class=tokenizer,
-            callbacks=[catcher, WithoutPickledArguments()],
+            callbacks=[catcher, keeper],
         )
+        keeper.scaler = trainer.accelerator.scaler
         if quiet:
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)

@@ -1,0 +1,107 @@
+"""How what a user writes becomes a configuration: a YAML file, a command line, and the message for what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lorica.errors import LoricaError, did_you_mean
+
+MAX_YAML_BYTES = 1_000_000
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def split_training(values: dict[str, Any], kind: type[BaseModel]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values that are fields of a configuration, and all others with those under ``training``.
+
+    Raises:
+        LoricaError: ``training`` holds something else than names and values.
+    """
+    nested = values.get("training") or {}
+    if not isinstance(nested, dict):
+        raise LoricaError("'training' holds names and values of TrainingArguments; give each under its own name")
+    own = {key: value for key, value in values.items() if key in kind.model_fields and key != "training"}
+    return own, nested | {key: value for key, value in values.items() if key not in kind.model_fields}
+
+
+def validated(kind: type[Model], values: dict[str, Any]) -> Model:
+    """Return the configuration that values by name stand for; every name must be a field.
+
+    Raises:
+        LoricaError: a required field is missing, a name is unknown or a value is unusable.
+    """
+    for name in values:
+        if name not in kind.model_fields:
+            raise LoricaError(f"unknown option --{name}.{did_you_mean(name, kind.model_fields)}")
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise LoricaError(explain(error)) from error
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """Return what a YAML file holds.
+
+    Args:
+        path: the file.
+        what: it is to be, for messages.
+
+    Raises:
+        LoricaError: not readable, over 1 MB, or not YAML.
+    """
+    file = Path(path)
+    try:
+        if file.stat().st_size > MAX_YAML_BYTES:
+            raise LoricaError(f"{path}: over {MAX_YAML_BYTES:,} bytes; that is no {what}")
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoricaError(f"{path}: cannot read the {what}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LoricaError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the flat values of a YAML file.
+
+    Raises:
+        LoricaError: see ``read_yaml``; or it is not a mapping of names to values.
+    """
+    values = read_yaml(path, "configuration")
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise LoricaError(f"{path}: expected 'name: value' lines, got {type(values).__name__}")
+    return values
+
+
+def parse_options(arguments: list[str]) -> dict[str, str | bool]:
+    """Return ``--name value``, ``--name=value`` and bare ``--name`` (true) as a mapping.
+
+    Raises:
+        LoricaError: something that is no option, or an option given twice.
+    """
+    values: dict[str, str | bool] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise LoricaError(f"{word!r} is not an option; write --name value, and repeat --name for several values")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name in values:
+            raise LoricaError(f"--{name} is given twice")
+        if not equals and rest and not rest[0].startswith("--"):
+            value, equals = rest.pop(0), "="
+        values[name] = value if equals else True
+    return values
+
+
+def explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"--{name} is required"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"--{name}: {reason}, got {first['input']!r}" if name else reason
