@@ -154,26 +154,30 @@ class SplitStore:
                 return False
             with _aside(self._file(key)) as aside:
                 save_file(tensors, aside)
+            self._used(self._file(key), self._file(key).stat().st_size)
         except (OSError, SafetensorError) as error:
             self._warn(error)
             return False
         return True
+
+    def _used(self, file: Path, size: int | None = None) -> None:
+        """Note that a file was read or written just now."""
+        if self._known is not None:
+            before = self._known.pop(file, 0)
+            self._known[file] = before if size is None else size
 
     def _make_room(self, size: int) -> bool:
         """Remove what was unused for longest until ``size`` more bytes are within the limit; tell whether they fit."""
         assert self.folder is not None
         if size > self.limit or shutil.disk_usage(self.folder).free < 2 * size:
             return False
-        files = sorted(self._files())
-        over = sum(held for _, held, _ in files) + size - self.limit
-        removable = [(held, file) for _, held, file in files if file not in self._used]
-        if over > sum(held for held, _ in removable):
-            return False
-        for held, file in removable:
-            if over <= 0:
-                break
-            file.unlink(missing_ok=True)
-            over -= held
+        if self._known is None:
+            self._known = {file: size for _, size, file in sorted(self._files())}
+        held = sum(self._known.values())
+        while self._known and held + size > self.limit:
+            oldest = next(iter(self._known))
+            oldest.unlink(missing_ok=True)
+            held -= self._known.pop(oldest)
         return True
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
