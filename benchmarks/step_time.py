@@ -55,7 +55,6 @@ GRID = [
     *(Configuration(256, 4, tokens) for tokens in (1024, 2048, 8192, 16384)),
     Configuration(256, 4, 65536, shares=(0.75,)),
     *(Configuration(512, 4, tokens) for tokens in (1024, 2048, 8192)),
-    Configuration(512, 4, 16384, shares=(0.75,)),
     *(Configuration(1024, 2, tokens) for tokens in (1024, 2048)),
     Configuration(1024, 2, 8192, shares=(0.75,)),
     *(Configuration(2048, 1, tokens, shares=(0.75,)) for tokens in (2048, 8192)),

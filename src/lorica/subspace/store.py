@@ -58,6 +58,8 @@ class SplitStore:
     def __init__(self, folder: Path | None, limit: int = int(DEFAULT_GB * 1e9)) -> None:
         self.folder, self.limit = folder, limit
         self._used: set[Path] = set()
+        self._found: dict[Path, int] | None = None
+        """Sizes of the files, those unused for longest first. Looked up once: a folder may hold thousands."""
         self._warned = False
 
     @classmethod
@@ -150,35 +152,39 @@ class SplitStore:
         assert self.folder is not None
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not self._make_room(sum(tensor.nbytes for tensor in tensors.values())):
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            found = self._make_room(size)
+            if found is None:
                 return False
             with _aside(self._file(key)) as aside:
                 save_file(tensors, aside)
-            self._used(self._file(key), self._file(key).stat().st_size)
+            found[self._file(key)] = size
         except (OSError, SafetensorError) as error:
             self._warn(error)
             return False
         return True
 
-    def _used(self, file: Path, size: int | None = None) -> None:
-        """Note that a file was read or written just now."""
-        if self._known is not None:
-            before = self._known.pop(file, 0)
-            self._known[file] = before if size is None else size
+    def _make_room(self, size: int) -> dict[Path, int] | None:
+        """Remove what was unused for longest until ``size`` more bytes are within the limit.
 
-    def _make_room(self, size: int) -> bool:
-        """Remove what was unused for longest until ``size`` more bytes are within the limit; tell whether they fit."""
+        Returns:
+            The files that are left; None where there is no room, and nothing was removed.
+        """
         assert self.folder is not None
         if size > self.limit or shutil.disk_usage(self.folder).free < 2 * size:
-            return False
-        if self._known is None:
-            self._known = {file: size for _, size, file in sorted(self._files())}
-        held = sum(self._known.values())
-        while self._known and held + size > self.limit:
-            oldest = next(iter(self._known))
-            oldest.unlink(missing_ok=True)
-            held -= self._known.pop(oldest)
-        return True
+            return None
+        if self._found is None:
+            self._found = {file: held for _, held, file in sorted(self._files())}
+        over = sum(self._found.values()) + size - self.limit
+        removable = [file for file in self._found if file not in self._used]
+        if over > sum(self._found[file] for file in removable):
+            return None
+        for file in removable:
+            if over <= 0:
+                break
+            file.unlink(missing_ok=True)
+            over -= self._found.pop(file)
+        return self._found
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """Yield when each file was used last, its size and name; remove what killed processes left unfinished."""
