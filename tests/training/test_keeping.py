@@ -141,9 +141,8 @@ def test_a_checkpoint_is_safetensors_json_and_nothing_else(stopped: tuple[Path, 
     for number in (2, 4, 6):
         folder = stopped[0] / f"checkpoint-{number}"
         assert damage(folder) is None
-        assert {"model.safetensors", "training_state.safetensors", "trainer_state.json"} <= {
-            file.name for file in folder.iterdir()
-        }
+        names = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
+        assert {"model.safetensors", "training_state/state.safetensors", "trainer_state.json"} <= names
         kinds = {file.suffix for file in folder.rglob("*") if file.is_file()}
         assert kinds <= {".safetensors", ".json", ".jinja", ".txt", ".model"}, kinds
 
@@ -170,13 +169,13 @@ def test_the_newest_complete_one_is_taken_and_the_others_are_named(
 ) -> None:
     out, file = copied
     (out / "checkpoint-6" / "manifest.json").unlink()
-    with (out / "checkpoint-4" / "training_state.safetensors").open("r+b") as stream:
+    with (out / "checkpoint-4" / "training_state" / "state.safetensors").open("r+b") as stream:
         stream.seek(200)
         stream.write(b"\xff")
     told = run(llama_folder, out, file, save_steps=2, save_total_limit=5, resume_from_checkpoint="true")
     passed = [line for line in told if "is passed over" in line]
     assert ["checkpoint-6" in passed[0], "checkpoint-4" in passed[1], len(passed)] == [True, True, 2]
-    assert "training_state.safetensors was changed" in passed[1]
+    assert "training_state/state.safetensors was changed" in passed[1]
     assert (out / "model.safetensors").exists()
 
 

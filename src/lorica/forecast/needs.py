@@ -91,7 +91,7 @@ def split_workspace(m: int, n: int, k: int) -> int:
     or what an explicit complement is made of.
     """
     short, long = min(m, n), max(m, n)
-    eigen = 4 * short**2 + ROWS * short
+    eigen = 4 * short**2 + 2 * min(ROWS, long) * short
     basis = max(3 * d * k if k < d - k else 2 * d * k + d * d + 2 * d * (d - k) for d in (m, n))
     return 8 * max(eigen, short**2 + (short + long) * k + basis)
 

@@ -18,7 +18,7 @@ from lorica.errors import LoricaError
 from lorica.training.manifest import damage
 
 STATE = "training_state"
-"""Name of the two files, .safetensors and .json, of everything but the weights."""
+"""Folder of everything but the weights: at the top of a checkpoint loaders would take it for weights."""
 
 IDENTITY_FILE = "update.json"
 """Written before training starts; removed with the checkpoints when it has ended."""
@@ -74,7 +74,7 @@ def unusable(folder: Path) -> str | None:
     """Return why a checkpoint cannot be resumed from, None where it can."""
     if wrong := damage(folder):
         return wrong
-    if not (folder / f"{STATE}.safetensors").is_file():
+    if not (folder / STATE).is_dir():
         return "it holds no optimizer state (--save_only_model): going on without would be another run"
     return None
 

@@ -46,7 +46,7 @@ class CheckpointKeeper(TrainerCallback):
         if self.resume is None:
             return
         try:
-            tree = load_tree(Path(self.resume), STATE)
+            tree = load_tree(Path(self.resume) / STATE, "state")
             kwargs["optimizer"].load_state_dict(tree["optimizer"])
             kwargs["lr_scheduler"].load_state_dict(tree["scheduler"])
             if self.scaler is not None:
@@ -82,7 +82,8 @@ class CheckpointKeeper(TrainerCallback):
                 "scaler": self.scaler.state_dict() if self.scaler is not None else None,
                 "random": random_state(),
             }
-            save_tree(tree, folder, STATE)
+            (folder / STATE).mkdir(exist_ok=True)
+            save_tree(tree, folder / STATE, "state")
         write_manifest(folder)
         self._remove_old(output_dir, state.best_model_checkpoint)
 

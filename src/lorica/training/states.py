@@ -11,10 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorica.errors import LoricaError
+
+PIECE = 1 << 22
+"""Bytes that are read of a file before it is opened anew."""
 
 TRUSTED = "torchao."
 """Modules whose tensor subclasses are built again from what a file names; no other class is looked up."""
@@ -38,9 +42,22 @@ def load_tree(folder: Path, name: str) -> Any:
     Raises:
         OSError, ValueError, KeyError, SafetensorError: the files are missing or damaged.
     """
-    # Cloned: in a mapped file tensors lie at odd addresses.
-    tensors = {key: tensor.clone() for key, tensor in load_file(folder / f"{name}.safetensors").items()}
+    tensors = _read(folder / f"{name}.safetensors")
     return _nested(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    """Return a file's tensors in memory of their own: in a mapped file they lie at odd addresses.
+
+    The file is opened anew now and then, since what was read of a mapped file counts as resident until it is closed.
+    """
+    source, tensors, read = safe_open(str(file), framework="pt"), {}, 0
+    for key in source.keys():  # no mapping
+        if read > PIECE:
+            source, read = safe_open(str(file), framework="pt"), 0
+        tensors[key] = source.get_tensor(key).clone()
+        read += tensors[key].nbytes
+    return tensors
 
 
 def _flat(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -48,7 +65,7 @@ def _flat(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter):
-        tensors[path] = value.detach().cpu().contiguous().clone()
+        tensors[path] = _apart(value.detach().cpu().contiguous(), tensors)
         return {"tensor": path}
     if isinstance(value, Tensor) and type(value).__module__.startswith(TRUSTED):
         names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -66,6 +83,12 @@ def _flat(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         f"{path} is a {type(value).__name__}, which only a pickle could hold, so this run cannot be resumed; take "
         "another optimizer or schedule, or give --save_strategy no"
     )
+
+
+def _apart(tensor: Tensor, others: Mapping[str, Tensor]) -> Tensor:
+    """Return a tensor that shares memory with no other: safetensors writes none twice."""
+    taken = {other.untyped_storage().data_ptr() for other in others.values() if other.numel()}
+    return tensor.clone() if tensor.numel() and tensor.untyped_storage().data_ptr() in taken else tensor
 
 
 def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
