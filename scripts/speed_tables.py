@@ -26,16 +26,24 @@ PHASES = ("load", "protect", "train", "release", "save")
 OTHERS = [family for family in FAMILIES if family != "plain"]
 
 
+STEP_CHARTS = [
+    "![Step time over plain fine-tuning against tokens per step, narrow models](speed-steps-1.svg)",
+    "![Step time over plain fine-tuning against tokens per step, wide models](speed-steps-2.svg)",
+]
+STATE_CHART = "![Training state, measured and counted](speed-state.svg)"
+TASK_CHART = "![Seconds and memory, task after task](speed-tasks.svg)"
+
+
 def blocks(results: Results) -> dict[str, str]:
     """Return everything that stands between marks, by the name of the mark."""
     return {
         "speed": "\n\n".join([_short_table(results), f"{_against_peers(results)} {_largest_model(results)}"]),
         "machine": _machine(results),
         "claims": _claims(results),
-        "steps": "\n\n".join(_step_table(results, share) for share in _shares(results)),
-        "state": _state_table(results),
+        "steps": "\n\n".join([*STEP_CHARTS, *(_step_table(results, share) for share in _shares(results))]),
+        "state": f"{STATE_CHART}\n\n{_state_table(results)}",
         "peaks": "\n\n".join(_peak_table(one) for one in results.peaks),
-        "tasks": _tasks(results),
+        "tasks": f"{_tasks(results)}\n\n{TASK_CHART}",
         "inference": _inference(results),
         "arithmetic": _arithmetic(results),
     }

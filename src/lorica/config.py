@@ -13,14 +13,12 @@ from pydantic import (
     Field,
     StrictFloat,
     StrictInt,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from lorica.errors import LoricaError
-from lorica.values import explain, split_training
+from lorica.values import with_training
 
 
 def _count_or_share(value: Any) -> Any:
@@ -224,18 +222,5 @@ class UpdateConfig(BaseModel):
 
 
 def build_config(values: dict[str, Any]) -> UpdateConfig:
-    """Return the configuration that flat values stand for; what is no field of Lorica goes into ``training``.
-
-    Whether ``training`` holds only fields that exist is checked where transformers is imported.
-
-    Args:
-        values: by field name, Lorica's and TrainingArguments' mixed.
-
-    Raises:
-        LoricaError: a required field is missing or a value is unusable.
-    """
-    own, training = split_training(values, UpdateConfig)
-    try:
-        return UpdateConfig.model_validate(own | {"training": training})
-    except ValidationError as error:
-        raise LoricaError(explain(error)) from error
+    """Return the configuration of an update that flat values stand for; see ``values.with_training``."""
+    return with_training(UpdateConfig, values)

@@ -13,6 +13,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lorica.files import written_aside
+
 SCHEMA = 1
 PACKAGES = ("lorica", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -75,9 +77,8 @@ def peak_cuda_memory() -> int | None:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write JSON beside the target and rename it into place. NaN and infinity become null."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(path)
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -28,6 +28,25 @@ def split_training(values: dict[str, Any], kind: type[BaseModel]) -> tuple[dict[
     return own, nested | {key: value for key, value in values.items() if key not in kind.model_fields}
 
 
+def with_training(kind: type[Model], values: dict[str, Any]) -> Model:
+    """Return the configuration that flat values stand for; what is no field of Lorica goes into ``training``.
+
+    Whether ``training`` holds only fields that exist is checked where transformers is imported.
+
+    Args:
+        kind: a configuration with a field ``training``.
+        values: by field name, Lorica's and TrainingArguments' mixed.
+
+    Raises:
+        LoricaError: a required field is missing or a value is unusable.
+    """
+    own, training = split_training(values, kind)
+    try:
+        return kind.model_validate(own | {"training": training})
+    except ValidationError as error:
+        raise LoricaError(explain(error)) from error
+
+
 def validated(kind: type[Model], values: dict[str, Any]) -> Model:
     """Return the configuration that values by name stand for; every name must be a field.
 

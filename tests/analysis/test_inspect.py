@@ -22,8 +22,9 @@ from lorica.constrain.targets import find_targets
 from lorica.data.dataset import load
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import mean_loss
-from lorica.report.inspection import inspection_part, inspection_text, meaning
+from lorica.report.inspection import inspection_part, inspection_text
 from lorica.report.inspection_record import InspectionRecord
+from lorica.report.inspection_words import meaning
 from lorica.report.page import html_report, markdown_report
 from lorica.subspace.calibration import random_tokens
 from tests.training.conftest import byte_tokenizer

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from lorica.cli import app
 from lorica.constrain.audit import audit_weight
 from lorica.errors import LoricaError
-from lorica.forecast import Forecast, forecast
 from lorica.forecast.ledger import Operation
 from lorica.forecast.needs import audit_workspace, split_workspace
 from lorica.forecast.options import parse_bytes
 from lorica.forecast.rates import Machine, host_memory, machine_for, split_seconds, this_machine
+from lorica.forecast.result import Forecast
+from lorica.forecast.story import forecast
 from lorica.subspace.linalg import complement, reflector, split
 from lorica.subspace.plan import PlanEntry
 from tests.forecast.conftest import Folder, profiled

@@ -108,11 +108,35 @@ def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Weight
     return constraints
 
 
-class ConstrainedOptimizer(Optimizer):
+class DelegatingOptimizer(Optimizer):
+    """An optimizer around another: parameter groups, state and ``state_dict`` are the inner one's.
+
+    It is a ``torch.optim.Optimizer`` to schedulers, Trainer and Accelerate, whose ``__init__`` is not called: it would
+    make groups of its own.
+    """
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.inner.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict)
+
+
+class ConstrainedOptimizer(DelegatingOptimizer):
     """Any optimizer whose weights stay on their constraints: project, clip, step, put back.
 
-    A ``torch.optim.Optimizer`` to schedulers, Trainer and Accelerate; parameter groups, state and
-    ``state_dict`` are those of the inner optimizer. Nothing constrained = the inner optimizer, bitwise.
+    Nothing constrained = the inner optimizer, bitwise.
 
     Args:
         inner: the optimizer that steps. It is hooked, so do not go on using it unconstrained.
@@ -135,17 +159,12 @@ class ConstrainedOptimizer(Optimizer):
         strangers = sum(id(parameter) not in held for parameter in constrained)
         if strangers:
             raise LoricaError(f"{strangers} of the {len(constrained)} constrained weights are not in the optimizer")
-        self.inner = inner
+        super().__init__(inner)
         self.constraints = dict(constraints)
         self.joint = joint
         self.max_grad_norm = max_grad_norm
         inner.register_step_pre_hook(lambda *_: self.project_gradients())
         inner.register_step_post_hook(lambda *_: self.retract_weights())
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -187,15 +206,3 @@ class ConstrainedOptimizer(Optimizer):
         loss = closure()
         self.project_gradients()
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.inner.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self.inner.add_param_group(param_group)

@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lorica.errors import LoricaError
-from lorica.values import explain, split_training
+from lorica.values import with_training
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -125,13 +124,5 @@ class RunConfig(BaseModel):
 
 
 def build_run_config(values: dict[str, Any]) -> RunConfig:
-    """Return the configuration that flat values stand for; what is no field of Lorica goes into ``training``.
-
-    Raises:
-        LoricaError: a required field is missing or a value is unusable.
-    """
-    own, training = split_training(values, RunConfig)
-    try:
-        return RunConfig.model_validate(own | {"training": training})
-    except ValidationError as error:
-        raise LoricaError(explain(error)) from error
+    """Return the configuration of methods on a stream that flat values stand for; see ``values.with_training``."""
+    return with_training(RunConfig, values)

@@ -12,7 +12,7 @@ from lorica.config import UpdateConfig
 from lorica.constrain.planning import UNFREEZE_RANK_RATIO, plan
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, TaskData
-from lorica.methods.base import Method
+from lorica.methods.base import Method, scheduled_share
 from lorica.subspace.plan import MEASURED, Plan
 from lorica.subspace.ranks import share_to_count
 
@@ -74,7 +74,7 @@ def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
     given = {name: getattr(config, name) for name in ("target_modules", "train_also", "freeze_experts")}
     if config.method == "osft":
         made = Plan.load(config.plan_file) if config.plan_file else assumed_plan(model, config, task.index)
-        given = {"plan": made, "memory_mode": getattr(config, "memory_mode", "fast")}
+        given = {"plan": made, "memory_mode": config.memory_mode}
     method = METHODS[config.method].build({k: v for k, v in given.items() if k in names} | config.method_options)
     method.begin_task(model, task)
     return method
@@ -109,7 +109,7 @@ def assumed_plan(model: Any, config: UpdateConfig, index: int = 0) -> Plan:
 def _amount(config: UpdateConfig, index: int) -> dict[str, Any]:
     """Return the protected amount, as an argument of ``lorica.plan``."""
     if config.rank_schedule is not None:
-        return {"effective_rank": float(config.rank_schedule[min(index, len(config.rank_schedule) - 1)])}
+        return {"effective_rank": scheduled_share(config.rank_schedule, index)}
     if config.ranks == "importance":
         return {"effective_rank": _TRR if config.trr is None else config.trr}
     if config.ranks == "effective-rank":

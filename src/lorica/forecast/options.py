@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, Self
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from lorica.config import UpdateConfig
-from lorica.errors import LoricaError
-from lorica.values import explain, split_training
+from lorica.values import with_training
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
           "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -66,13 +65,5 @@ class ForecastConfig(UpdateConfig):
 
 
 def build_forecast_config(values: dict[str, Any]) -> ForecastConfig:
-    """Return the configuration that flat values stand for; see ``lorica.config.build_config``.
-
-    Raises:
-        LoricaError: a required field is missing or a value is unusable.
-    """
-    own, training = split_training(values, ForecastConfig)
-    try:
-        return ForecastConfig.model_validate(own | {"training": training})
-    except ValidationError as error:
-        raise LoricaError(explain(error)) from error
+    """Return the configuration of a forecast that flat values stand for; see ``values.with_training``."""
+    return with_training(ForecastConfig, values)

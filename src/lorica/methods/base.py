@@ -106,6 +106,11 @@ class Protection(Targets):
         return {name for name, (mine, theirs) in pairs.items() if mine != theirs and [mine, theirs] != [[], ()]}
 
 
+def scheduled_share(schedule: Sequence[float], index: int) -> float:
+    """Return the protected share of a task, counted from 0: the last of a ``rank_schedule`` is for all further ones."""
+    return float(schedule[min(index, len(schedule) - 1)])
+
+
 class Method:
     """One way to learn a stream of tasks without losing what came before. The default of every hook does nothing.
 

@@ -16,7 +16,7 @@ from lorica.constrain.optimizer import Block, ConstrainedOptimizer, WeightConstr
 from lorica.constrain.planning import plan
 from lorica.constrain.protect import protect, protected_layers, release
 from lorica.errors import LoricaError
-from lorica.methods.base import METHODS, Method, Progress, Protection
+from lorica.methods.base import METHODS, Method, Progress, Protection, scheduled_share
 from lorica.methods.task import TaskData
 from lorica.subspace.calibration import observe
 from lorica.subspace.learned import LearnedDirections, SeenInputs
@@ -92,7 +92,7 @@ class OSFT(Method):
         asked = self.protection
         options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in _NOT_PLANNED}
         if asked.rank_schedule is not None:
-            options["effective_rank"] = float(asked.rank_schedule[min(index, len(asked.rank_schedule) - 1)])
+            options["effective_rank"] = scheduled_share(asked.rank_schedule, index)
         if asked.calibration is None and (asked.source in MEASURED or asked.ranks == "importance"):
             options["calibration"] = _default_calibration(model)
         return options

@@ -7,7 +7,6 @@ import hashlib
 import math
 import os
 import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorica.errors import LoricaError
+from lorica.files import written_aside
 from lorica.subspace.linalg import HalfSplit, Split, check_count, half_split, is_split_of, whole_split
 
 FOLDER, LIMIT = "LORICA_CACHE", "LORICA_CACHE_GB"
@@ -156,7 +156,7 @@ class SplitStore:
             found = self._make_room(size)
             if found is None:
                 return False
-            with _aside(self._file(key)) as aside:
+            with written_aside(self._file(key)) as aside:
                 save_file(tensors, aside)
             found[self._file(key)] = size
         except (OSError, SafetensorError) as error:
@@ -212,7 +212,7 @@ class SplitStore:
 
     def _remember(self, name: str, weight_MN: Tensor, key: str) -> None:
         try:
-            with _aside(self._note(name, weight_MN)) as aside:
+            with written_aside(self._note(name, weight_MN)) as aside:
                 aside.write_text(key, encoding="ascii")
         except OSError as error:
             self._warn(error)
@@ -230,18 +230,3 @@ def digest(weight_MN: Tensor) -> str:
     for piece in weight_MN.detach().split(rows):
         hashed.update(piece.cpu().contiguous().view(torch.uint8).numpy())
     return hashed.hexdigest()
-
-
-@contextlib.contextmanager
-def _aside(file: Path) -> Iterator[Path]:
-    """Yield the name of a file beside the target; once written, it is brought to the disk and takes its place."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem[:16]}.", suffix=".tmp")
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        with aside.open("rb") as written:
-            os.fsync(written.fileno())
-        aside.replace(file)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from lorica.constrain.optimizer import ConstrainedOptimizer
+from lorica.constrain.optimizer import ConstrainedOptimizer, DelegatingOptimizer
 from lorica.errors import LoricaError
 from lorica.methods.base import Method
 
@@ -31,13 +31,12 @@ REFUSED = {
 """Optimizers of the Trainer's that cannot be wrapped, and why; those whose name ends in ``layerwise`` as ``lomo``."""
 
 
-class StepInBackward(Optimizer):
+class StepInBackward(DelegatingOptimizer):
     """Any optimizer whose parameters are stepped one by one, each when the backward pass has its gradient.
 
     The weights after ``loss.backward(); step()`` are those of the inner optimizer without clipping, bit for bit, as
-    long as it steps each parameter by itself; one that keeps a count for all of them is refused at the first step. A
-    ``torch.optim.Optimizer`` to schedulers, Trainer and Accelerate: parameter groups, state and ``state_dict`` are the
-    inner one's. Hooks on the inner optimizer's step run for each parameter, and see a group of this parameter alone.
+    long as it steps each parameter by itself; one that keeps a count for all of them is refused at the first step.
+    Hooks on the inner optimizer's step run for each parameter, and see a group of this parameter alone.
 
     ``step`` closes a step: call it after each backward pass. A parameter whose gradient comes twice before that
     (gradient accumulation, a second backward pass, a layer shared between re-entrant checkpoints) is an error.
@@ -52,17 +51,12 @@ class StepInBackward(Optimizer):
     def __init__(self, inner: Optimizer) -> None:
         if isinstance(inner, ConstrainedOptimizer):
             raise LoricaError(f"{OPTION}: a ConstrainedOptimizer projects and clips all gradients together")
-        self.inner = inner
+        super().__init__(inner)
         self._stepped: set[nn.Parameter] = set()
         self._groups: dict[nn.Parameter, int] = {}
         self._hooks: list[Any] = []
         for index in range(len(inner.param_groups)):
             self._watch(index)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner":
-            raise AttributeError(name)
-        return getattr(self.inner, name)
 
     def _watch(self, index: int) -> None:
         for parameter in self.inner.param_groups[index]["params"]:
@@ -109,12 +103,6 @@ class StepInBackward(Optimizer):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.inner.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.inner.load_state_dict(state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.inner.add_param_group(param_group)

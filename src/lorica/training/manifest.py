@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
+
+from lorica.files import sync_folder, written_aside
 
 MANIFEST = "manifest.json"
 
@@ -23,24 +24,10 @@ def write_manifest(folder: Path) -> None:
             os.fsync(stream.fileno())
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
-    aside = folder / f".{MANIFEST}.tmp"
-    with aside.open("w", encoding="utf-8") as stream:
-        json.dump({"schema": 1, "files": files}, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(folder / MANIFEST)
+    with written_aside(folder / MANIFEST) as aside:
+        aside.write_text(json.dumps({"schema": 1, "files": files}, indent=1) + "\n", encoding="utf-8")
     for place in (folder, folder.parent):
         sync_folder(place)
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folders
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def damage(folder: Path) -> str | None:
