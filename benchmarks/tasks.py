@@ -1,21 +1,28 @@
 """Fifty tasks in a row on one model: does the fiftieth cost what the second did?
 
-    python benchmarks/tasks.py [--tasks 50] [--width 512] [--layers 2] [--steps 4] [--tokens 512]
+    python benchmarks/tasks.py [--tasks 50] [--rounds 20] [--width 512] [--layers 2] [--steps 4] [--tokens 512]
 
 A task is protect, a few steps on random tokens of its own, release. Measured are the seconds of each part, and before
 release the state in bytes and the anonymous resident memory of the process, beyond what it held after all imports.
-Each memory mode runs in a process of its own, about two minutes on 2 cores. Linux only.
+
+A machine's speed drifts by more over fifty tasks than the few percent that are looked for. So a second stream, in a new
+process, starts at its first task when the long one is twenty tasks from its end, and both take turns from then on: task
+31 beside task 2, 32 beside 3, ... 50 beside 21. What is compared is the ratio within a round. About three minutes for
+each memory mode on 2 cores. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,43 +64,88 @@ def one_task(model: torch.nn.Module, memory: str, batches: torch.Tensor) -> dict
     }
 
 
-def stream(memory: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return one row per task."""
+def stream(memory: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Update one model task after task and yield what each took."""
     start = resident()["anonymous"]
     model = llama(options.width, options.layers, LENGTH)
     generator = torch.Generator().manual_seed(1)
     shape = (options.steps, max(1, options.tokens // LENGTH), LENGTH)
-    rows = []
     for task in range(1, options.tasks + 1):
         row = one_task(model, memory, torch.randint(VOCABULARY, shape, generator=generator))
-        rows.append({"task": task} | row | {"resident_bytes": row["resident_bytes"] - start})
+        yield {"task": task} | row | {"resident_bytes": row["resident_bytes"] - start}
+
+
+def serve(memory: str, options: argparse.Namespace) -> None:
+    """Do one task for each line of standard input and print its row."""
+    rows = stream(memory, options)
+    for _ in sys.stdin:
+        print(json.dumps(next(rows)), flush=True)
+
+
+class Stream:
+    """A stream of tasks in a process of its own, which works only when it is asked for the next one."""
+
+    def __init__(self, name: str, memory: str) -> None:
+        self.name = name
+        words = [sys.executable, *sys.argv, "--serve", memory]
+        self.process = subprocess.Popen(
+            words, env=os.environ | ALLOCATOR, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+
+    def next(self) -> dict[str, Any]:
+        """Let the process do its next task and return the row."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("\n")
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the {self.name} stream ended early")
+        return {"stream": self.name} | json.loads(line)
+
+    def close(self) -> None:
+        """Let the process end."""
+        self.process.communicate()
+
+
+def measure(memory: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the rows of the long stream and of the one that is young when the long one is old."""
+    old, rows = Stream("old", memory), []
+    for task in range(1, options.tasks - options.rounds + 1):
+        rows.append(old.next())
         print(f"\r{memory}: task {task} of {options.tasks}", end="", flush=True)
+    young = Stream("young", memory)
+    rows.append(young.next())
+    for turn in range(options.rounds):
+        order = [old, young]
+        random.Random(turn).shuffle(order)
+        rows += [one.next() for one in order]
+        print(f"\r{memory}: task {options.tasks - options.rounds + turn + 1} of {options.tasks}", end="", flush=True)
     print()
-    return rows
+    old.close()
+    young.close()
+    return sorted(rows, key=lambda row: (row["stream"], row["task"]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=20, help="last tasks that take turns with a new stream")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4, help="of each task")
     parser.add_argument("--tokens", type=int, default=512, help="per step")
-    parser.add_argument("--memory", choices=MODES, help="this mode alone, in this process")
+    parser.add_argument("--serve", choices=MODES, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder")
     options = parser.parse_args()
-    if not options.memory:
-        for mode in MODES:
-            words = [sys.executable, *sys.argv, "--memory", mode]
-            subprocess.run(words, env=os.environ | ALLOCATOR, check=True)
-        return
-    file = options.output / f"tasks-{options.memory}.json"
-    if file.exists():
-        return
     with empty_cache():
-        rows = stream(options.memory, options)
-    settings = {name: getattr(options, name) for name in ("tasks", "width", "layers", "steps", "tokens", "memory")}
-    write_result(file, settings | {"protected": PROTECTED}, rows, [])
+        if options.serve:
+            return serve(options.serve, options)
+        for memory in MODES:
+            file = options.output / f"tasks-{memory}.json"
+            if not file.exists():
+                rows = measure(memory, options)
+                names = ("tasks", "rounds", "width", "layers", "steps", "tokens")
+                settings = {name: getattr(options, name) for name in names}
+                write_result(file, settings | {"memory": memory, "protected": PROTECTED}, rows, [])
 
 
 if __name__ == "__main__":

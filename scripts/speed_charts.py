@@ -8,7 +8,7 @@ from itertools import groupby
 
 from markupsafe import Markup
 from readme_figure import figure
-from speed_results import Measurement, Results, Row, task_value, thousands, time_ratio
+from speed_results import Measurement, Results, Row, of_stream, task_value, thousands, time_ratio
 
 from lorica.report.charts import WIDTH, Series, line_chart
 from lorica.report.svg import Scale, axes, canvas, colour, line, marker, rect, spread, stroke, tag, text, whisker
@@ -135,7 +135,7 @@ def task_chart(results: Results, value: str, unit: float, title: str) -> Markup:
         Series(
             SHORT[f"lorica {one.settings['memory']}"],
             COLOURS[f"lorica {one.settings['memory']}"],
-            [(row["task"], task_value(row, value) / unit) for row in one.rows],
+            [(row["task"], task_value(row, value) / unit) for row in of_stream(one, "old")],
         )
         for one in results.tasks
     ]

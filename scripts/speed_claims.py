@@ -102,7 +102,7 @@ def _the_rest(results: Results) -> list[Claim]:
         )
     for value, what in (("seconds", "time"), ("state_bytes", "state"), ("resident_bytes", "resident memory")):
         ratios = [late_over_early(one, value) for one in results.tasks]
-        found.append(Claim(f"{what} of the last tasks over the first", "<=", 1.05, max(ratios)))
+        found.append(Claim(f"{what} of a late task over an early one", "<=", 1.05, max(ratios)))
     deepest = max(results.peaks, key=lambda one: one.settings["layers"])
     peaks = [beside_training(row) for row in deepest.rows if row["family"] in OURS]
     what = "peak of load, protect, release and save over what training holds"

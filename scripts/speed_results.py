@@ -98,9 +98,17 @@ def advantage(one: Measurement, ours: str, peer: str, share: float) -> float | N
 
 
 def late_over_early(one: Measurement, value: str) -> float:
-    """Return what the last five tasks cost over what tasks 2 to 6 did, medians. ``seconds`` adds up a task's parts."""
-    values = [task_value(row, value) for row in one.rows]
-    return median(values[-5:]) / median(values[1:6])
+    """Return what a late task costs over what an early one does: the median over the rounds in which both took turns.
+
+    ``seconds`` adds up a task's parts.
+    """
+    old, young = ([task_value(row, value) for row in of_stream(one, name)] for name in ("old", "young"))
+    return median(late / early for late, early in zip(old[-len(young) + 1 :], young[1:], strict=True))
+
+
+def of_stream(one: Measurement, name: str) -> list[Row]:
+    """Return the tasks of one stream in order, of the ``old`` or of the ``young`` one."""
+    return [row for row in one.rows if row["stream"] == name]
 
 
 def task_value(row: Row, value: str) -> float:

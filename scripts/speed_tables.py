@@ -182,7 +182,9 @@ def _tasks(results: Results) -> str:
     ]  # fmt: skip
     told = (
         f"{first['tasks']} tasks in a row on one model (width {first['width']}, {first['layers']} layers), each "
-        f"of them protect, {first['steps']} steps, release. The median of the last five over that of tasks 2 to 6:"
+        f"of them protect, {first['steps']} steps, release. The last {first['rounds']} take turns with the first ones of a "
+        f"new stream in a new process; a figure is the median of task {first['tasks']} over task "
+        f"{first['rounds'] + 1}, of the two before them, and so on (`benchmarks/tasks.py`):"
     )
     return f"{told}\n\n{table(['', 'seconds', 'state', 'resident memory'], rows)}"
 

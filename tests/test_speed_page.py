@@ -80,7 +80,8 @@ def peak_rows() -> list[dict[str, Any]]:
 
 def task_rows() -> list[dict[str, Any]]:
     same = {"protect_seconds": 1.0, "steps_seconds": 0.9, "release_seconds": 0.1, "state_bytes": 50}
-    return [{"task": i, "resident_bytes": 100 if i < 40 else 104} | same for i in range(1, 51)]
+    old = [{"stream": "old", "task": i, "resident_bytes": 100 if i < 40 else 104} | same for i in range(1, 51)]
+    return old + [{"stream": "young", "task": i, "resident_bytes": 100} | same for i in range(1, 22)]
 
 
 def inference_rows() -> list[dict[str, Any]]:
@@ -114,7 +115,7 @@ def made_up(tmp_path: Path) -> Path:
         files[f"step-time-{width}-{tokens}"] = (point, step_rows(shares))
         files[f"peak-memory-{width}-{tokens}"] = (point, peak_rows())
     for mode in ("fast", "lean"):
-        settings = {"memory": mode, "tasks": 50, "width": 512, "layers": 2, "steps": 4, "tokens": 512}
+        settings = {"memory": mode, "tasks": 50, "rounds": 20, "width": 512, "layers": 2, "steps": 4, "tokens": 512}
         files[f"tasks-{mode}"] = (settings, task_rows())
     for name, (settings, rows) in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": settings, "rows": rows} | RECORD))
@@ -187,10 +188,10 @@ def test_peers_that_were_not_measured_hold_no_claim(script: Any, made_up: Path) 
 def test_growth_over_the_tasks_is_found(script: Any, made_up: Path) -> None:
     file = made_up / "tasks-lean.json"
     record = json.loads(file.read_text())
-    for row in record["rows"][45:]:
-        row["protect_seconds"] = 1.2  # 2.0 s a task at first, 2.2 s at the end
+    for row in record["rows"][35:50]:
+        row["protect_seconds"] = 1.2  # 2.2 s a task in most of the rounds, beside 2.0 s
     file.write_text(json.dumps(record))
-    assert broken(script, made_up) == ["time of the last tasks over the first"]
+    assert broken(script, made_up) == ["time of a late task over an early one"]
 
 
 def test_a_second_copy_while_releasing_is_found(script: Any, made_up: Path) -> None:
