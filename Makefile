@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+AUDIT := $(VENV)-audit
 
 # Two test processes with a thread each keep two cores busy; more threads only fight over them.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo test test-slow check bench gpu clean
+.PHONY: demo test test-slow scorecard check lock locked audit bench gpu clean
 
 demo: $(VENV)/.core
 	$(BIN)/lorica demo
@@ -21,10 +22,30 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 -m "slow and not gpu"
 
+# The rows of docs/reliability.md, each with how its tests ended.
+scorecard: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m "reliability and not gpu"
+
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# requirements.lock: every package of the tests with its hash, for Linux, Python 3.11 and a CPU.
+lock: $(VENV)/.dev
+	$(BIN)/python scripts/lock.py
+
+# Installs from the lock alone; a file of another hash is refused.
+locked: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $(VENV)/.core $(VENV)/.dev
+
+# What is known against the packages of the lock, and their bill of materials, sbom.json. Needs the network.
+audit:
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/python -m pip install --quiet 'pip-audit>=2.9,<3'; } \
+	  || { echo "make audit: pip-audit could not be installed into $(AUDIT), which takes the network" >&2; exit 2; }
+	@$(PYTHON) scripts/audit.py $(AUDIT)/bin/pip-audit
 
 # About 50 minutes on two cores that do nothing else; what docs/results/speed holds already is not measured again.
 bench: export OMP_NUM_THREADS = 2
@@ -33,6 +54,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/arithmetic.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/tasks.py
+	$(BIN)/python scripts/split_time.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/peak_memory.py
 	$(BIN)/python scripts/speed_page.py
@@ -56,4 +78,4 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@ $(VENV)/.core
 
 clean:
-	rm -rf $(VENV) lorica-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AUDIT) lorica-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -94,7 +94,8 @@ class Stream:
 
     def next(self) -> dict[str, Any]:
         """Let the process do its next task and return the row."""
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write("\n")
         line = self.process.stdout.readline()
         if not line:
@@ -138,7 +139,8 @@ def main() -> None:
     options = parser.parse_args()
     with empty_cache():
         if options.serve:
-            return serve(options.serve, options)
+            serve(options.serve, options)
+            return
         for memory in MODES:
             file = options.output / f"tasks-{memory}.json"
             if not file.exists():

@@ -46,6 +46,7 @@ def blocks(results: Results) -> dict[str, str]:
         "tasks": f"{_tasks(results)}\n\n{TASK_CHART}",
         "inference": _inference(results),
         "arithmetic": _arithmetic(results),
+        "split": _split(results.split),
     }
 
 
@@ -182,11 +183,29 @@ def _tasks(results: Results) -> str:
     ]  # fmt: skip
     told = (
         f"{first['tasks']} tasks in a row on one model (width {first['width']}, {first['layers']} layers), each "
-        f"of them protect, {first['steps']} steps, release. The last {first['rounds']} take turns with the first ones of a "
-        f"new stream in a new process; a figure is the median of task {first['tasks']} over task "
+        f"of them protect, {first['steps']} steps, release. The last {first['rounds']} take turns with the first ones "
+        f"of a new stream in a new process; a figure is the median of task {first['tasks']} over task "
         f"{first['rounds'] + 1}, of the two before them, and so on (`benchmarks/tasks.py`):"
     )
     return f"{told}\n\n{table(['', 'seconds', 'state', 'resident memory'], rows)}"
+
+
+def _split(timed: Row) -> str:
+    """Return a row per shape and one for the model, seconds."""
+    kinds = list(timed["model_seconds"])
+    rows = [
+        ["{} x {}".format(*one["shape"]), str(one["count"]),
+         *(f"{median(one['seconds'][kind]):.2f}" for kind in kinds), scientific(one["angle"])]
+        for one in timed["shapes"]
+    ]  # fmt: skip
+    rows.append(["all", str(timed["weights"]), *(f"{seconds:.0f}" for seconds in timed["model_seconds"].values()), ""])
+    told = (
+        f"The {timed['weights']} constrained weights of {timed['model']} ({timed['numbers'] / 1e9:.2f} billion "
+        f"numbers, random, {timed['dtype']}), {timed['protected']:g} protected, one after the other on "
+        f"{timed['threads']} threads; seconds, the median for one weight of each shape and, last, for all of them:"
+    )
+    names = ["in full", "in full, stored", "from the cache", "after a task"]
+    return f"{told}\n\n{table(['shape', 'weights', *names, 'angle'], rows)}"
 
 
 def _inference(results: Results) -> str:

@@ -1,6 +1,6 @@
 """Time the split of every constrained weight of a model: in full, from the cache, and after a task.
 
-    python scripts/split_time.py [--model llama-3.2-1b] [--dtype float32] [--output docs/results/split-time.json]
+    python scripts/split_time.py [--model llama-3.2-1b] [--dtype float32] [--output docs/results/speed/split-time.json]
 
 The weights are random, of the model's shapes. A shape takes the same time in every layer, so each distinct one is timed
 ``--repeats`` times, one matrix at a time, and its median is multiplied by how often the model has it; the result says
@@ -31,6 +31,7 @@ from lorica.record import Stopwatch, environment, peak_memory, write_json
 from lorica.subspace.linalg import Split, split
 from lorica.subspace.store import SplitStore
 
+RESULT = Path(__file__).resolve().parents[1] / "docs" / "results" / "speed" / "split-time.json"
 Shape = tuple[int, int]
 KINDS = ("full", "first", "cached", "after_task")
 CHANGE = 0.01
@@ -138,7 +139,7 @@ def main() -> None:
     words.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     words.add_argument("--protected", type=float, default=0.75, help="share of the directions")
     words.add_argument("--repeats", type=int, default=3)
-    words.add_argument("--output", type=Path, default=Path("docs/results/split-time.json"))
+    words.add_argument("--output", type=Path, default=RESULT)
     given = words.parse_args()
     result = run(given.model, getattr(torch, given.dtype), given.protected, given.repeats)
     for kind, total in result["model_seconds"].items():

@@ -155,17 +155,17 @@ EXPERTS = ("mixtral", "qwen3-moe")
 DENSE = tuple(name for name in ARCHITECTURES if name not in EXPERTS)
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a small, randomly initialised model of one architecture, without dropout, in training mode."""
+def tiny(name: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:
+    """Return a small, randomly initialised model of one architecture, in training mode."""
     config_name, model_name, sizes = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**sizes)
     for field in ("attention_dropout", "dropout", "dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop"):
         if hasattr(config, field):
-            setattr(config, field, 0.0)
+            setattr(config, field, dropout)
     for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if hasattr(config, field):
-            setattr(config, field, 0.0)
+            setattr(config, field, dropout)
     return getattr(transformers, model_name)(config).to(dtype).train()
 
 

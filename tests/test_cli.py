@@ -81,6 +81,7 @@ MISTAKES: list[tuple[list[str], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.reliability("R26")
 @pytest.mark.parametrize(
     ("words", "message"), MISTAKES, ids=lambda value: None if isinstance(value, list) else value[:40]
 )

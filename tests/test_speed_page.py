@@ -78,6 +78,15 @@ def peak_rows() -> list[dict[str, Any]]:
     return rows
 
 
+SPLIT = {
+    "model": "tiny", "weights": 2, "numbers": 200, "dtype": "float32", "protected": 0.75, "threads": 2,
+    "model_seconds": {"full": 4.0, "first": 4.2, "cached": 1.0, "after_task": 3.0},
+    "shapes": [{"shape": [10, 10], "count": 2, "angle": 1e-12,
+                "seconds": {"full": [2.0], "first": [2.1], "cached": [0.5], "after_task": [1.5]}}],
+}  # fmt: skip
+"""As scripts/split_time.py writes it."""
+
+
 def task_rows() -> list[dict[str, Any]]:
     same = {"protect_seconds": 1.0, "steps_seconds": 0.9, "release_seconds": 0.1, "state_bytes": 50}
     old = [{"stream": "old", "task": i, "resident_bytes": 100 if i < 40 else 104} | same for i in range(1, 51)]
@@ -117,6 +126,7 @@ def made_up(tmp_path: Path) -> Path:
     for mode in ("fast", "lean"):
         settings = {"memory": mode, "tasks": 50, "rounds": 20, "width": 512, "layers": 2, "steps": 4, "tokens": 512}
         files[f"tasks-{mode}"] = (settings, task_rows())
+    (tmp_path / "split-time.json").write_text(json.dumps(SPLIT))
     for name, (settings, rows) in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps({"settings": settings, "rows": rows} | RECORD))
     return tmp_path

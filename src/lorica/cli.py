@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import typer
 
@@ -11,8 +12,11 @@ from lorica.commands.options import normalised
 from lorica.config import UpdateConfig
 from lorica.errors import Interrupted, LoricaError
 from lorica.experiments.config import RunConfig
+from lorica.files import writing
 from lorica.forecast.options import ForecastConfig
+from lorica.redaction import redacted
 from lorica.scoring_options import EvalOptions
+from lorica.signals import handled, stop
 
 app = typer.Typer(
     add_completion=False,
@@ -23,7 +27,7 @@ app = typer.Typer(
 )
 
 BAD_INPUT = 2
-"""Exit status for a mistake of the user's."""
+"""Exit status for a mistake of the user's, and where the disk is full or a folder read-only."""
 
 _ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Fields of TrainingArguments are options too."""
@@ -44,18 +48,23 @@ app.command("list")(look.list_)
 
 
 def main() -> None:
-    """Run the command line. A user's mistake is one line on standard error and exit status 2."""
+    """Run the command line.
+
+    A mistake of the user's, or a full disk, is one line on standard error and exit status 2; so is a signal, and the
+    status 128 + its number.
+    """
     try:
-        app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
+        with handled(stop), writing(None, "the system refused to read or write"):
+            app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
     except LoricaError as error:
         print(f"lorica: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except Interrupted as stop:
-        print(f"lorica: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        print("\nlorica: stopped", file=sys.stderr)
-        sys.exit(130)
+    except Interrupted as stopped:
+        print(f"lorica: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    except Exception:  # a defect of Lorica: with its traceback, but without the tokens that may stand in it
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class UpdateConfig(BaseModel):
     """What to learn: .jsonl, .json, .csv, .parquet, or a folder of them."""
 
     dataset_name: str | None = None
-    """What to learn, as the name of a data set on the hub, instead of train_file."""
+    """What to learn, as the name of a data set on the hub, instead of train_file; NAME@COMMIT for one state of it."""
 
     output_dir: str
     """Where the updated model and its record go. Must be new or empty, unless resume_from_checkpoint is given."""
@@ -176,6 +176,20 @@ class UpdateConfig(BaseModel):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""
 
+    allow_pickle: bool = False
+    """Take a folder whose weights are pickles (*.bin) as well. They are read as tensors alone, running no code."""
+
+    require_pinned: bool = False
+    """Take nothing from the hub without its whole commit: --model_revision COMMIT, and data as OWNER/NAME@COMMIT."""
+
+    allow_changed: list[str] = []
+    """Training arguments that a resumed run may have other values of than it began with: learning_rate, weight_decay,
+    max_grad_norm, num_train_epochs, max_steps, and a batch size and accumulation with the same product. Repeatable."""
+
+    reset_optimizer: bool = False
+    """With resume_from_checkpoint: go on from a checkpoint whose optimizer state is damaged or missing, with a new one.
+    Weights, step, learning rate and place in the data are the checkpoint's."""
+
     training: dict[str, Any] = {}
     """Fields of transformers' TrainingArguments."""
 
@@ -189,7 +203,7 @@ class UpdateConfig(BaseModel):
     def _home(cls, value: str | None) -> str | None:
         return None if value is None else str(Path(value).expanduser())
 
-    @field_validator("retention_file", "train_also", "target_modules", mode="before")
+    @field_validator("retention_file", "train_also", "target_modules", "allow_changed", mode="before")
     @classmethod
     def _one_or_more(cls, value: Any) -> Any:
         return [str(value)] if isinstance(value, str | Path) else value

@@ -75,12 +75,9 @@ class Inputs:
         }
 
     def write_rejected(self, output_dir: Path) -> None:
-        """Write the rows that ``skip_invalid_rows`` left out: ``rejected.jsonl``, then one file more per file."""
-        for report in self.reports:
-            if report.rejected:
-                first = report.path == self.config.source_of_rows
-                name = "rejected.jsonl" if first else f"rejected-{Path(report.path).stem}.jsonl"
-                write_rejected(report, output_dir / name)
+        """Write the rows of all files that ``skip_invalid_rows`` left out to ``rejected.jsonl``, if there are any."""
+        if incomplete := {report.path: report for report in self.reports if report.rejected}:
+            write_rejected(incomplete.values(), output_dir / "rejected.jsonl")
 
     def _load(self, path: str, *, new_task: bool = False) -> EncodedDataset:
         config = self.config

@@ -18,7 +18,10 @@ from lorica.evaluation.generate import Written, greedy_answers
 from lorica.evaluation.judge import Judge, Judgement, compare, describe, summary
 from lorica.evaluation.prompts import Prompt, read_prompts
 from lorica.evaluation.refusal import refusal_rate
+from lorica.files import writing
+from lorica.hub import commit_of
 from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
+from lorica.redaction import cleaned
 from lorica.told import progress_bar
 from lorica.training.models import (
     check_output_dir,
@@ -38,6 +41,7 @@ class Asked:
     """A model that is to answer, and the prompts as its token ids; its weights are not loaded yet."""
 
     name: str
+    commit: str | None
     config: Any
     tokenizer: Any
     prompt_ids: list[list[int]]
@@ -53,6 +57,7 @@ def judge_models(
     batch_size: int = 8,
     limit: int | None = None,
     output_dir: str | Path,
+    allow_pickle: bool = False,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Judge a model after training against the one before it, prompt by prompt; this is ``lorica judge``.
@@ -69,13 +74,14 @@ def judge_models(
         batch_size: prompts at a time.
         limit: how many prompts from the start of the file; None: all.
         output_dir: a new or empty folder.
+        allow_pickle: see ``lorica.training.models.read_model``.
         say: takes each line of what is told along the way.
 
     Raises:
         LoricaError: anything about the input is wrong, and no weight has been loaded then; or the judge failed, and
             what was judged until then is in ``judgements.jsonl``.
     """
-    watch = Stopwatch()
+    watch, say = Stopwatch(), cleaned(say)
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise LoricaError(f"{name} is {value}; give at least 1")
@@ -83,7 +89,10 @@ def judge_models(
     prompts = read_prompts(prompts_file)[:limit]
     asked = [_asked(name, prompts) for name in (before, after)]
     folder = make_output_dir(str(output_dir))
-    answers = {side: _answers(model, max_new_tokens, batch_size) for side, model in zip(SIDES, asked, strict=True)}
+    answers = {
+        side: _answers(model, max_new_tokens, batch_size, allow_pickle=allow_pickle)
+        for side, model in zip(SIDES, asked, strict=True)
+    }
     texts = {side: [written.text for written in answers[side]] for side in SIDES}
     judgements = _judged(prompts, texts, judge, folder / JUDGEMENTS)
     record = {
@@ -91,12 +100,13 @@ def judge_models(
         "kind": "judge",
         "before": redacted(before),
         "after": redacted(after),
+        "commits": {side: model.commit for side, model in zip(SIDES, asked, strict=True)},
         **summary(judgements),
         "judge": redacted(describe(judge)),
         "keyword_refusal_rate": {side: refusal_rate(texts[side]) for side in SIDES},
         "cut_answers": {side: sum(not written.ended for written in answers[side]) for side in SIDES},
         "max_new_tokens": max_new_tokens,
-        "files": {str(path): _sha256(path) for path in (Path(prompts_file), folder / JUDGEMENTS)},
+        "files": {redacted(str(path)): _sha256(path) for path in (Path(prompts_file), folder / JUDGEMENTS)},
         "limit": limit,
         "seconds": watch.seconds,
         **environment(),
@@ -124,7 +134,8 @@ def told(record: dict[str, Any]) -> list[str]:
 
 
 def _asked(name: str, prompts: list[Prompt]) -> Asked:
-    config, tokenizer = read_model_config(name), read_tokenizer(name)
+    commit = commit_of(name)
+    config, tokenizer = read_model_config(name, revision=commit), read_tokenizer(name, revision=commit)
     seq2seq, most = bool(config.is_encoder_decoder), position_limit(config)
     encoder = Encoder(tokenizer, most or 0, completion_only=None, assistant_only=False, seq2seq=seq2seq)
     ids = [encoder.draft(prompt.example).prompt_ids or [] for prompt in prompts]
@@ -133,12 +144,12 @@ def _asked(name: str, prompts: list[Prompt]) -> Asked:
             raise LoricaError(
                 f"{prompt.example.where}: a prompt of {len(found)} tokens, and {name} has {most} positions; shorten it"
             )
-    return Asked(name, config, tokenizer, ids)
+    return Asked(name, commit, config, tokenizer, ids)
 
 
-def _answers(asked: Asked, max_new_tokens: int, batch_size: int) -> list[Written]:
+def _answers(asked: Asked, max_new_tokens: int, batch_size: int, *, allow_pickle: bool) -> list[Written]:
     device = (torch.accelerator.is_available() and torch.accelerator.current_accelerator()) or torch.device("cpu")
-    model = read_model(asked.name, asked.config, device=device).eval()
+    model = read_model(asked.name, asked.config, revision=asked.commit, device=device, allow_pickle=allow_pickle).eval()
     bar = progress_bar(f"answers of {Path(asked.name).name}")
     try:
         return greedy_answers(
@@ -167,7 +178,7 @@ def _judged(prompts: list[Prompt], texts: dict[str, list[str]], judge: Judge, pa
         written += 1
 
     # A judge may write half of a surrogate pair, which is no UTF-8; JSON has an escape for it.
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
+    with writing(path), path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         try:
             asked = [prompt.text for prompt in prompts]
             return compare(asked, texts["before"], texts["after"], judge, progress_bar("judging"), keep=keep)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
+from lorica.files import Listing, listing, make_folder, move_into, sync_folder
+from lorica.json_file import load_json
 from lorica.memory import load_memory, save_memory
 from lorica.methods import METHODS
 from lorica.record import redacted
@@ -74,7 +76,7 @@ def read_lineage(model: str) -> Lineage:
     if not file.is_file():
         return Lineage(str(folder), weights)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = load_json(file, constants=True)
         updates = int((record.get("parent") or {}).get("updates") or 0) + 1
     except (OSError, ValueError, AttributeError) as error:
         raise LoricaError(f"{file}: cannot read the record of the update before: {error}") from error
@@ -83,20 +85,24 @@ def read_lineage(model: str) -> Lineage:
 
 def weights_sha256(folder: Path) -> str | None:
     """Return one digest of the weight files of a model folder; None if it has none."""
-    files = sorted(folder.glob("*.safetensors"))
-    total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest() if files else None
+    return combined(listing(folder, sorted(folder.glob("*.safetensors"))))
 
 
-def keep_memory(output_dir: Path, state: Mapping[str, Tensor]) -> None:
-    """Write what a method carries to the next update beside the model; nothing if it carries nothing."""
-    if state:
-        file = output_dir / MEMORY
-        file.parent.mkdir(exist_ok=True)
-        save_memory(state, file)
+def combined(files: Listing) -> str | None:
+    """Return one digest of the weight files among those of a model folder; None if there are none."""
+    weights = [files[name]["sha256"] for name in sorted(files) if "/" not in name and name.endswith(".safetensors")]
+    total = hashlib.sha256(b"".join(map(bytes.fromhex, weights)))
+    return total.hexdigest() if weights else None
+
+
+def keep_memory(output_dir: Path, state: Mapping[str, Tensor]) -> Listing:
+    """Write what a method carries to the next update beside the model, if anything, and return what was written."""
+    if not state:
+        return {}
+    file = output_dir / MEMORY
+    make_folder(file.parent)
+    save_memory(state, file)
+    return listing(output_dir, [file])
 
 
 def check_single_update(method: str) -> None:
@@ -126,18 +132,20 @@ def forgotten(scores: Mapping[str, Any], limit: float | None) -> dict[str, float
 def candidate(output_dir: Path) -> Path:
     """Return the folder, made, where the model of an update waits until its forgetting is measured."""
     folder = output_dir / CANDIDATE
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     return folder
 
 
 def promote(output_dir: Path) -> Path:
     """Move an accepted candidate to where the model belongs, and return that."""
-    for path in sorted((output_dir / CANDIDATE).iterdir()):
-        path.replace(output_dir / path.name)
-    (output_dir / CANDIDATE).rmdir()
+    move_into(output_dir / CANDIDATE, output_dir)
+    shutil.rmtree(output_dir / CANDIDATE)
     return output_dir
 
 
 def reject(output_dir: Path) -> Path:
     """Keep a candidate that forgot too much aside, where nobody loads it by mistake, and return where."""
-    return (output_dir / CANDIDATE).rename(output_dir / REJECTED)
+    shutil.rmtree(output_dir / REJECTED, ignore_errors=True)  # of the same update, stopped before it was recorded
+    rejected = (output_dir / CANDIDATE).rename(output_dir / REJECTED)
+    sync_folder(output_dir)
+    return rejected

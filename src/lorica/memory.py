@@ -10,11 +10,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorica.errors import LoricaError
+from lorica.files import written_aside
 
 
 def save_memory(state: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors by name, wherever they are and however they are laid out."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, file)
+    """Write tensors by name, wherever they are and however they are laid out; whole or not at all.
+
+    Raises:
+        CannotWrite: there is no room for them.
+    """
+    with written_aside(file, lambda: size_of(state)) as aside:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, aside)
 
 
 def load_memory(file: Path) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -13,7 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lorica.files import written_aside
+from lorica.files import write_text
+from lorica.redaction import redacted as redacted
 
 SCHEMA = 1
 PACKAGES = ("lorica", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy")
@@ -46,18 +46,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-_SECRETS = re.compile(r"\b(hf_|sk-|ghp_)[\w-]{8,}|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")
-
-
-def redacted(value: Any) -> Any:
-    """Return a value with whatever looks like a token or a password in its strings replaced by ``<secret>``."""
-    if isinstance(value, str):
-        return _SECRETS.sub("<secret>", value)
-    if isinstance(value, dict):
-        return {key: redacted(item) for key, item in value.items()}
-    return [redacted(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def peak_memory() -> int | None:
     """Return the largest resident size of this process so far, bytes; None where the system does not tell."""
     try:
@@ -77,8 +65,7 @@ def peak_cuda_memory() -> int | None:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write JSON beside the target and rename it into place. NaN and infinity become null."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_finite(data), indent=1, ensure_ascii=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

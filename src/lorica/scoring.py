@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,13 @@ from lorica.errors import LoricaError
 from lorica.evaluation.metrics import checked, majority_floor
 from lorica.evaluation.scorer import check_answers, score_task
 from lorica.experiments.abilities import check_harness
+from lorica.hub import commits
 from lorica.lineage import weights_sha256
 from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
+from lorica.redaction import cleaned
 from lorica.scoring_options import EvalOptions
-from lorica.training.models import read_model, read_model_config, read_tokenizer
+from lorica.training.models import pinned, read_model, read_model_config, read_tokenizer
+from lorica.yaml_file import compose_yaml, top_names
 
 Say = Callable[[str], None]
 
@@ -40,7 +42,8 @@ class Evaluation:
     """One model on some tasks. What is wrong with a file shows before the weights are loaded."""
 
     def __init__(self, options: EvalOptions, say: Say) -> None:
-        self.options, self.say, self.watch = options, say, Stopwatch()
+        self.options = options = pinned(options)
+        self.say, self.watch = cleaned(say), Stopwatch()
         if options.output_file and not Path(options.output_file).parent.is_dir():
             raise LoricaError(f"--output_file {options.output_file}: there is no such folder")
         name, more = options.model_name_or_path, {"revision": options.model_revision}
@@ -49,7 +52,7 @@ class Evaluation:
         self.model_config = read_model_config(name, trust_remote_code=trust, **more)
         self.kind = "seq2seq" if self.model_config.is_encoder_decoder else "causal"
         self.harness = [task for task in options.tasks if not _is_ours(task)]
-        check_harness(self.harness)
+        check_harness(self.harness, require_pinned=options.require_pinned)
         self.rows = {
             name: (scored, self._rows(stream, scored)) for name, (stream, scored) in _named(self._scored()).items()
         }
@@ -59,13 +62,14 @@ class Evaluation:
         options = self.options
         model = read_model(
             options.model_name_or_path, self.model_config, dtype=options.dtype, revision=options.model_revision,
-            trust_remote_code=options.trust_remote_code, device=_device(),
+            trust_remote_code=options.trust_remote_code, allow_pickle=options.allow_pickle, device=_device(),
         )  # fmt: skip
         scores = {}
         for name, (scored, rows) in self.rows.items():
             scores[name] = self._score(model, scored, rows)
             self.say(_line(name, scores[name]))
         record = {"schema": SCHEMA, "kind": "eval", "model": redacted(options.model_name_or_path), "scores": scores}
+        record |= {"commits": commits(options.model_name_or_path, options.model_revision)}
         record |= {"lm_eval": self._lm_eval(model) if self.harness else None}
         record |= {"weights_sha256": self._weights(), "seconds": self.watch.seconds}
         record |= {"options": redacted(options.model_dump(mode="json")), **environment()}
@@ -95,6 +99,7 @@ class Evaluation:
         rows = load_rows(
             stream, scored, "test", self.tokenizer, kind=self.kind,  # type: ignore[arg-type]
             max_length=min(asked, position_limit(self.model_config) or asked), limit=self.options.limit,
+            require_pinned=self.options.require_pinned,
         )  # fmt: skip
         check_answers(rows)
         return rows
@@ -121,6 +126,7 @@ class Evaluation:
         record = lm_eval_record(
             model, self.tokenizer, self.harness, num_fewshot=options.num_fewshot, limit=options.limit,
             batch_size=options.batch_size, allow_task_code=options.allow_task_code,
+            confirm_run_unsafe_code=options.confirm_run_unsafe_code,
         )  # fmt: skip
         for task, metrics in record["scores"].items():
             shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if value is not None)
@@ -148,8 +154,7 @@ def _named(found: Iterable[tuple[TaskStream, Scored]]) -> dict[str, tuple[TaskSt
 def _is_ours(task: str) -> bool:
     path = Path(task)
     if path.suffix in (".yaml", ".yml"):
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-        return re.search(r"^task:", text, re.MULTILINE) is None  # lm-eval's files have one; streams have tasks
+        return "task" not in top_names(compose_yaml(path, "stream"))  # lm-eval has one task, streams have tasks
     return task in catalogue() or path.suffix.lower() in READERS or path.is_dir()
 
 

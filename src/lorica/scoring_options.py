@@ -45,6 +45,9 @@ class EvalOptions(BaseModel):
     allow_task_code: bool = False
     """Run the Python code that an lm-eval task's YAML file names. Only for files you have read."""
 
+    confirm_run_unsafe_code: bool = False
+    """Run code that the model writes, for lm-eval tasks that score it so (humaneval); HF_ALLOW_CODE_EVAL=1 as well."""
+
     output_file: str | None = None
     """Also write the scores to this JSON file."""
 
@@ -56,6 +59,12 @@ class EvalOptions(BaseModel):
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""
+
+    allow_pickle: bool = False
+    """Take a folder whose weights are pickles (*.bin) as well. They are read as tensors alone, running no code."""
+
+    require_pinned: bool = False
+    """Take nothing from the hub without its whole commit: --model_revision COMMIT, and data as OWNER/NAME@COMMIT."""
 
     @field_validator("tasks", "only", mode="before")
     @classmethod

@@ -1,8 +1,9 @@
-"""What a run says while it runs: progress, memory before and after, scores before and after."""
+"""What a run says: what it will need, progress, memory before and after, scores before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging as transformers_logging
@@ -10,9 +11,13 @@ from transformers.utils import logging as transformers_logging
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score
+from lorica.files import free_bytes
+from lorica.forecast.needs import Disk
+from lorica.forecast.rates import memory_of
 from lorica.forecast.result import Way, size
-from lorica.forecast.story import expected
+from lorica.forecast.story import device_of, expected, least_disk
 from lorica.inputs import Inputs
+from lorica.training.checkpoints import checkpoints_in
 
 
 def progress_bar(what: str) -> Callable[[str, int, int], None]:
@@ -30,18 +35,59 @@ def progress_bar(what: str) -> Callable[[str, int, int], None]:
     return advance
 
 
-def foreseen(config: UpdateConfig, inputs: Inputs) -> tuple[Way | None, str]:
-    """Return what a run will need, and the line that says so; call it before the model is loaded."""
+def foreseen(config: UpdateConfig, inputs: Inputs) -> tuple[Way | None, list[str]]:
+    """Return what a run will need, and the lines that say so; call it before the model is loaded.
+
+    Raises:
+        LoricaError: the disk has not the room for it.
+    """
     try:
         way = expected(config, inputs)
     except LoricaError as error:
-        return None, f"memory: not forecast: {error}"
+        told = f"memory: not forecast: {error}"
     except Exception as error:  # a model's own code may ask for values that it has none of; the run needs no forecast
-        return None, f"memory: not forecast: {type(error).__name__}: {' '.join(str(error).split())}"
+        told = f"memory: not forecast: {type(error).__name__}: {' '.join(str(error).split())}"
+    else:
+        check_room(way.disk, config.output_dir)
+        return way, _memory_foreseen(way, config)
+    least = least_disk(config, inputs)
+    if least is not None:
+        check_room(least, config.output_dir)
+    return None, [told]
+
+
+def _memory_foreseen(way: Way, config: UpdateConfig) -> list[str]:
     kinds = sorted(way.peak.device.items(), key=lambda kind: -kind[1])
     parts = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in kinds[:4])
     mode = f", {config.memory_mode}" if config.method == "osft" else ""
-    return way, f"memory: about {size(way.device_bytes)} expected, in {way.peak.name} ({parts}){mode}"
+    lines = [f"memory: about {size(way.device_bytes)} expected, in {way.peak.name} ({parts}){mode}"]
+    there = memory_of(device_of(config))
+    if way.device_bytes > there:
+        lean = "--memory_mode lean or " if config.method == "osft" and config.memory_mode == "fast" else ""
+        lines.append(
+            f"notice: this machine has {size(there)} of memory, so the run may not come to its end; {lean}a smaller "
+            "--per_device_train_batch_size needs less, and lorica check tells how much"
+        )
+    return lines
+
+
+def check_room(disk: Disk, output_dir: str) -> None:
+    """Refuse a run that the disk has not the room for. What checkpoints take already is counted as free.
+
+    Raises:
+        LoricaError: with what is needed and what is free.
+    """
+    folder = Path(output_dir)
+    taken = sum(file.stat().st_size for one in checkpoints_in(folder) for file in one.rglob("*") if file.is_file())
+    needed, free = disk.output, free_bytes(folder) + taken
+    if needed > free:
+        parts = f"{size(disk.model)} the model, {size(disk.checkpoints + disk.bases)} {disk.kept} checkpoints"
+        there = size(free) if free else "nothing"
+        raise LoricaError(
+            f"--output_dir {output_dir}: the run needs {size(needed)} of disk ({parts}) and "
+            f"{there} is free there; make room, name a folder on another disk, or keep less: --save_total_limit 1, "
+            "--save_only_model, --save_strategy no"
+        )
 
 
 def memory_told(cost: Mapping[str, Any], parameters: int) -> str:

@@ -14,32 +14,33 @@ from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score, evaluate
+from lorica.hub import commits
 from lorica.inputs import Inputs
 from lorica.lineage import (
     candidate,
     check_forgetting,
     check_single_update,
+    combined,
     forgotten,
     keep_memory,
     promote,
     read_lineage,
     reject,
-    weights_sha256,
 )
 from lorica.memory import size_of
 from lorica.methods import METHODS, Protection, TaskData
 from lorica.record import SCHEMA, Stopwatch, environment, peak_cuda_memory, peak_memory, redacted, write_json
+from lorica.redaction import cleaned
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
 from lorica.told import comparison, foreseen, memory_told, progress_bar
 from lorica.training.arguments import check_arguments, check_trackers, training_arguments, wide_states
 from lorica.training.checkpoints import (
-    check_identity,
     checkpoint_to_resume,
+    kept_bases,
     remove_checkpoints,
-    trajectory,
-    write_identity,
 )
+from lorica.training.identity import check_identity, trajectory, write_identity
 from lorica.training.in_backward import check_method
 from lorica.training.models import (
     check_output_dir,
@@ -48,10 +49,12 @@ from lorica.training.models import (
     load_tokenizer,
     make_output_dir,
     model_width,
+    pinned,
     position_limit,
     save_model,
     stock_configuration,
 )
+from lorica.training.room import telling_the_way_on
 from lorica.training.trainer import fit
 
 Say = Callable[[str], None]
@@ -79,12 +82,15 @@ class Update:
     """One update in its stages. What can be wrong with the input shows before the weights are trained."""
 
     def __init__(self, config: UpdateConfig, say: Say = print) -> None:
-        self.config, self.say = config, say
+        self.config = config = pinned(config)
+        self.say = cleaned(say)
         self.watch = Stopwatch()
         given = check_arguments(config.training)
         if config.eval_file is None and given.get("eval_strategy", "no") != "no":
             raise LoricaError("--eval_strategy needs rows to score: give --eval_file")
-        self.resume = checkpoint_to_resume(given.get("resume_from_checkpoint"), config.output_dir, say)
+        self.resume = checkpoint_to_resume(
+            given.get("resume_from_checkpoint"), config.output_dir, say, reset_optimizer=config.reset_optimizer
+        )
         self.keeps_checkpoints = any(name.startswith(("save_", "load_best")) for name in given)
         check_output_dir(config.output_dir, resuming=self.resume is not None)
         self.plan = Plan.load(config.plan_file) if config.plan_file else None
@@ -105,12 +111,21 @@ class Update:
         check_single_update(config.method)
         check_forgetting(config.max_forgetting, self.inputs.retention)
         if self.resume is not None:
-            check_identity(Path(config.output_dir), self._identity())
+            check_identity(Path(config.output_dir), self._identity(), config.allow_changed)
+        elif config.allow_changed:
+            raise LoricaError("--allow_changed has no effect without --resume_from_checkpoint")
+        elif config.reset_optimizer:
+            raise LoricaError("--reset_optimizer has no effect without --resume_from_checkpoint")
 
     def run(self) -> dict[str, Any]:
         """Carry the update out and return its record."""
-        way, line = foreseen(self.config, self.inputs)
-        self.say(line)
+        with telling_the_way_on(Path(self.config.output_dir)):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        way, lines = foreseen(self.config, self.inputs)
+        for line in lines:
+            self.say(line)
         set_seed(self.arguments.seed)
         self.method.load_state_dict(self.lineage.memory(self.config.method))
         model = load_model(self.config, self.model_config, self.arguments.device)
@@ -126,11 +141,13 @@ class Update:
         self.inputs.write_rejected(output_dir)
         before = self._scores(model, "before")
         self.say(self._settings())
+        if self.config.reset_optimizer:
+            self.say("notice: the optimizer begins anew here; the weights will not be those of the undisturbed run")
         with stock_configuration(model):
             log = fit(
                 model, self.method, self.method.training_data(self._task()), self.tokenizer, self._task().collate,
                 self.arguments, eval_dataset=self.inputs.eval, resume_from_checkpoint=self.resume,
-                optimizer_in_backward=self.config.optimizer_in_backward,
+                reset_optimizer=self.config.reset_optimizer, optimizer_in_backward=self.config.optimizer_in_backward,
             )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         audit = self.method.audit(model)
@@ -138,12 +155,13 @@ class Update:
             self.say(audit.verdict())
         self.method.end_task(model, self._task())
         target = output_dir if self.config.max_forgetting is None else candidate(output_dir)
-        save_model(model, self.tokenizer, target)  # before scoring: what was trained is safe
-        keep_memory(target, self.method.state_dict())
+        files = save_model(model, self.tokenizer, target)  # before scoring: what was trained is safe
+        files |= keep_memory(target, self.method.state_dict())
         after = self._scores(model, "after")
         record = self._settled(plan, log, before, after) | {
             "parent": self.lineage.to_json(),
-            "weights_sha256": weights_sha256(target),
+            "weights_sha256": combined(files),
+            "files": files,
             "carried_bytes": size_of(self.method.state_dict()),
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
@@ -161,7 +179,9 @@ class Update:
         }
 
     def _begin(self, model: Any) -> Plan | None:
-        self.method.begin_task(model, self._task(), progress=progress_bar("splitting weights"))
+        self.method.kept = kept_bases(self.resume)
+        what = "splitting weights" if self.method.kept is None else "reading the bases of the weights"
+        self.method.begin_task(model, self._task(), progress=progress_bar(what))
         if self.config.optimizer_in_backward:
             check_method(self.method)
         if told := wide_states(self.arguments, model):
@@ -213,11 +233,17 @@ class Update:
 
     def _identity(self) -> dict[str, Any]:
         """Return everything on which the trained weights depend."""
-        not_weights = {"output_dir", "eval_file", "retention_file", "training", "skip_invalid_rows"}
+        not_weights = {"output_dir", "eval_file", "retention_file", "max_forgetting", "training", "skip_invalid_rows"}
         not_weights |= {"optimizer_in_backward"}  # the same steps in another order
+        not_weights |= {"allow_changed", "reset_optimizer", "allow_pickle", "require_pinned", "trust_remote_code"}
+        not_weights |= {"train_file"}  # its contents count, wherever they are now
+        not_weights |= {"model_name_or_path"} if self.lineage.weights_sha256 else set()
+        not_weights |= {"require_pinned", "allow_pickle"}
         own = self.config.model_dump(mode="json", exclude=not_weights)
         rows = {"sha256 of the training rows": self.inputs.train.sha256}
-        return own | trajectory(self.arguments) | rows | {"sha256 of the model": self.lineage.weights_sha256}
+        model = {"sha256 of the model": self.lineage.weights_sha256}
+        identity: dict[str, Any] = redacted(own | trajectory(self.arguments) | rows | model)
+        return identity
 
     def _scores(self, model: Any, when: str) -> dict[str, Any]:
         size = self.arguments.per_device_eval_batch_size
@@ -247,6 +273,7 @@ class Update:
             "label": config.method,
             "seed": self.arguments.seed,
             "model": redacted(config.model_name_or_path),
+            "commits": commits(config.model_name_or_path, config.model_revision),
             "learning_rate": self.arguments.learning_rate,
             "scores": {"before": before, "after": after},
             "loss_curve": [
@@ -254,6 +281,7 @@ class Update:
                 for row in log
                 if "loss" in row
             ],
+            "notices": [row for row in log if "notice" in row],
             "data": redacted(self.inputs.summaries()),
             "plan": plan.records() if plan else [],
             "config": redacted(config.model_dump(mode="json")),

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from lorica.errors import LoricaError, did_you_mean
-
-MAX_YAML_BYTES = 1_000_000
+from lorica.yaml_file import read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -41,6 +39,7 @@ def with_training(kind: type[Model], values: dict[str, Any]) -> Model:
         LoricaError: a required field is missing or a value is unusable.
     """
     own, training = split_training(values, kind)
+    _refuse_nul(own)
     try:
         return kind.model_validate(own | {"training": training})
     except ValidationError as error:
@@ -56,31 +55,18 @@ def validated(kind: type[Model], values: dict[str, Any]) -> Model:
     for name in values:
         if name not in kind.model_fields:
             raise LoricaError(f"unknown option --{name}.{did_you_mean(name, kind.model_fields)}")
+    _refuse_nul(values)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         raise LoricaError(explain(error)) from error
 
 
-def read_yaml(path: str | Path, what: str) -> Any:
-    """Return what a YAML file holds.
-
-    Args:
-        path: the file.
-        what: it is to be, for messages.
-
-    Raises:
-        LoricaError: not readable, over 1 MB, or not YAML.
-    """
-    file = Path(path)
-    try:
-        if file.stat().st_size > MAX_YAML_BYTES:
-            raise LoricaError(f"{path}: over {MAX_YAML_BYTES:,} bytes; that is no {what}")
-        return yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise LoricaError(f"{path}: cannot read the {what}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LoricaError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+def _refuse_nul(values: dict[str, Any]) -> None:
+    """Refuse a character that no path can hold, and on which the system would fail in the middle of things."""
+    for name, value in values.items():
+        if any("\0" in one for one in (value if isinstance(value, list) else [value]) if isinstance(one, str)):
+            raise LoricaError(f"--{name} holds a NUL character")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -142,6 +142,7 @@ def test_a_closure_sees_every_trial_point() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "fused", "foreach"])
+@pytest.mark.reliability("R31")
 def test_a_step_with_zero_gradient_changes_nothing(kind: str) -> None:
     model = small()
     optimizer = adamw(model, **({} if kind == "plain" else {kind: True}))

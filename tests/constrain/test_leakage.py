@@ -64,6 +64,7 @@ def assert_holds(before: torch.Tensor, after: torch.Tensor, constraint: str, tol
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.reliability("R29")
 def test_leakage_after_fifty_steps(optimizer: str, constraint: Constraint) -> None:
     model = Stack(SHAPES.values())
     before = [layer.weight.detach().clone() for layer in model.layers]
@@ -74,6 +75,7 @@ def test_leakage_after_fifty_steps(optimizer: str, constraint: Constraint) -> No
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.reliability("R29")
 def test_leakage_with_clipping_and_accumulation(constraint: Constraint) -> None:
     model = Stack(SHAPES.values())
     before = [layer.weight.detach().clone() for layer in model.layers]
@@ -84,6 +86,7 @@ def test_leakage_with_clipping_and_accumulation(constraint: Constraint) -> None:
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS)
+@pytest.mark.reliability("R29")
 def test_bf16_leaks_what_rounding_leaks(constraint: Constraint) -> None:
     model = Stack(SHAPES.values(), dtype=torch.bfloat16)
     before = [layer.weight.detach().clone() for layer in model.layers]
@@ -113,6 +116,7 @@ def test_projecting_gradients_alone_leaks() -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.reliability("R29")
 def test_block_holds_on_dense_weights(optimizer: str) -> None:
     model = Stack(SHAPES.values())
     before = [layer.weight.detach().clone() for layer in model.layers]
@@ -168,6 +172,7 @@ def test_nothing_protected_is_the_inner_optimizer_bitwise(optimizer: str) -> Non
         assert torch.equal(one, three)
 
 
+@pytest.mark.reliability("R27")
 def test_two_equal_runs_are_bitwise_equal() -> None:
     results = []
     for _ in range(2):

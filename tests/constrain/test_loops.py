@@ -44,6 +44,7 @@ def test_a_hand_written_loop_with_evaluation_in_between() -> None:
     assert_folded(model)
 
 
+@pytest.mark.reliability("R28")
 def test_accumulation_is_one_large_batch() -> None:
     one, many = small(), small()
     xs = one.inputs(0, rows=12)

@@ -150,6 +150,7 @@ def test_a_plan_names_exactly_one_layer() -> None:
     assert list(protected_layers(model)) == ["fc"]
 
 
+@pytest.mark.reliability("R17")
 def test_a_weight_that_is_not_finite_is_named() -> None:
     model = stack()
     model.layers[1].weight.data[0, 0] = float("nan")

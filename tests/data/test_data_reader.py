@@ -15,10 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorica.data.jsonl import MAX_DEPTH, MAX_LINE_BYTES, json_records
-from lorica.data.reader import csv_records, open_source
-from lorica.data.record import Record
+from lorica.data import csv_rows, json_array
+from lorica.data.csv_rows import csv_records
+from lorica.data.jsonl import json_records
+from lorica.data.reader import open_source
+from lorica.data.record import MAX_ROW_BYTES, Record
 from lorica.errors import LoricaError
+from lorica.json_file import MAX_DEPTH
 
 GOOD = b'{"text": "a"}'
 
@@ -27,6 +30,7 @@ def rejected(path):
     return [row for row in json_records(path) if not isinstance(row, Record)]
 
 
+@pytest.mark.reliability("R20")
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -57,6 +61,7 @@ def test_bad_line_is_refused_with_its_reason_and_bytes(write, line, reason):
     assert rows[1].raw == line
 
 
+@pytest.mark.reliability("R22")
 def test_encodings_are_guessed_with_the_byte_offset(write):
     (latin,) = rejected(write(GOOD + b"\n" + '{"text": "café"}'.encode("latin-1")))
     assert latin.reason.startswith("invalid UTF-8: byte 27 is 0xe9; the file looks like Windows-1252")
@@ -65,19 +70,22 @@ def test_encodings_are_guessed_with_the_byte_offset(write):
     assert all("UTF-16" in row.reason for row in wide)
 
 
+@pytest.mark.reliability("R22")
 def test_mark_line_ends_blank_lines_and_missing_newline_are_accepted_and_lines_are_the_files(write):
     path = write(b"\xef\xbb\xbf" + GOOD + b"\r\n\r\n  \n" + GOOD)
     assert [(row.line, row.value) for row in json_records(path)] == [(1, {"text": "a"}), (4, {"text": "a"})]
 
 
+@pytest.mark.reliability("R20")
 def test_line_above_the_limit_is_refused_and_the_next_one_read(write):
     size = 10 * 10**6
     path = write(b'{"text": "' + b"x" * (size - 12) + b'"}\n' + GOOD)
     long, good = json_records(path)
-    assert long.reason == f"line too long: {size} bytes, the limit is {MAX_LINE_BYTES}"
+    assert long.reason == f"line too long: {size} bytes, the limit is {MAX_ROW_BYTES}"
     assert (good.line, good.value) == (2, {"text": "a"})
 
 
+@pytest.mark.reliability("R20")
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_array_rows_keep_the_lines_of_the_file(write, name):
     path = write('\ufeff[\n  {"text": "a"},\r\n\n  {\n "text": "b"}, 5,\n {"text": "c", "text": "d"}\n]\n', name)
@@ -133,6 +141,7 @@ def test_lines_and_arrays_read_back_what_was_written(tmp_path, rows, ascii_only,
     assert [row.value for row in json_records(array)] == rows
 
 
+@pytest.mark.reliability("R20")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.lists(st.sampled_from([GOOD, b"{", b"\xff", b"\0", b'{"a":1}', b"", b" "]), max_size=6))
 def test_every_line_that_is_not_blank_is_read_or_refused(tmp_path, content):
@@ -142,6 +151,7 @@ def test_every_line_that_is_not_blank_is_read_or_refused(tmp_path, content):
     assert [row.line for row in json_records(path)] == expected
 
 
+@pytest.mark.reliability("R20")
 def test_csv_rows_span_lines_and_faults_have_their_line(write):
     path = write(b'prompt,completion\r\n"a\r\nb",c\r\n\r\nd\r\n"caf\xe9",e\r\nf,"g""h"\r\n"open,x\r\n', "data.csv")
     rows = list(csv_records(path))
@@ -166,6 +176,7 @@ def test_csv_header_faults(write):
         list(csv_records(write("a,a\n1,2\n", "data.csv")))
 
 
+@pytest.mark.reliability("R20")
 def test_parquet_rows_and_a_broken_file(tmp_path, write):
     path = tmp_path / "data.parquet"
     pq.write_table(pa.table({"text": ["a", None]}), path)
@@ -190,6 +201,7 @@ def test_hash_is_that_of_the_bytes(write):
     assert open_source(write(GOOD)).sha256() == hashlib.sha256(GOOD).hexdigest()
 
 
+@pytest.mark.reliability("R21")
 def test_what_is_not_there_is_said_with_the_nearest_name(write, tmp_path):
     path = write(GOOD, "train.jsonl")
     with pytest.raises(LoricaError, match=r"no such file or folder. Did you mean .*train.jsonl"):
@@ -203,7 +215,7 @@ def test_what_is_not_there_is_said_with_the_nearest_name(write, tmp_path):
 def test_hub_name_goes_through_datasets(monkeypatch):
     asked = []
 
-    def load_dataset(name, config, split):
+    def load_dataset(name, config, split, revision):
         asked.append((name, config, split))
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
@@ -230,3 +242,84 @@ def test_validation_imports_no_torch(write):
     code = f"import sys; from lorica.data import validate; validate({str(path)!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.dictionaries(texts, values, max_size=3) | numbers, max_size=4),
+    chunk=st.integers(16, 60),
+    indent=st.sampled_from([None, 1]),
+)
+def test_an_array_reads_the_same_however_little_of_it_is_held(tmp_path, monkeypatch, rows, chunk, indent):
+    path = tmp_path / "rows.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(rows, ensure_ascii=False, indent=indent).encode())
+    monkeypatch.setattr(json_array, "_CHUNK", 2**20)
+    whole = list(json_records(path))
+    monkeypatch.setattr(json_array, "_CHUNK", chunk)
+    assert list(json_records(path)) == whole
+    assert [row.value for row in whole if isinstance(row, Record)] == [row for row in rows if isinstance(row, dict)]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 60), wrong=st.sampled_from([b"", b"\xff", b"\0", b"]", b"{", b'"', b"NaN,", b",,"]))
+def test_a_broken_array_is_told_the_same_however_little_of_it_is_held(tmp_path, monkeypatch, cut, wrong):
+    path = tmp_path / "rows.json"
+    text = '[{"text": "caf\u00e9"},\n {"text": "b"}, 12,\n\n {"text": "c\\n"}\n]\n'.encode()
+    path.write_bytes(text[:cut] + wrong + text[cut + len(wrong) :])
+
+    def outcome(chunk):
+        monkeypatch.setattr(json_array, "_CHUNK", chunk)
+        try:
+            return list(json_records(path))
+        except LoricaError as error:
+            return str(error)
+
+    # What is held when a byte is no UTF-8 decides whether the rows before it are told first, and the guess.
+    expected = outcome(2**20)
+    if isinstance(expected, list) or "UTF-8" not in expected + "NUL" * (b"\0" in text):
+        assert outcome(16) == expected
+
+
+@pytest.mark.reliability("R20")
+@pytest.mark.parametrize("name", ["wide.jsonl", "wide.json", "wide.csv"])
+def test_a_row_of_two_hundred_thousand_fields_takes_no_quadratic_time(write, name):
+    keys = [f"k{number}" for number in range(200_000)]
+    row = {"wide.csv": ",".join(keys) + ",k7\n1\n", "wide.jsonl": "{", "wide.json": "[{"}[name]
+    if name != "wide.csv":
+        row += ",".join(f'"{key}":1' for key in [*keys, "k7"]) + "}" + "]" * (name == "wide.json")
+    path = write(row, name)
+    if name == "wide.csv":
+        with pytest.raises(LoricaError, match="names column 'k7' more than once"):
+            list(csv_records(path))
+    else:
+        (found,) = rejected(path)
+        assert found.reason == "duplicate key: 'k7'"
+
+
+@pytest.mark.reliability("R20")
+def test_a_quote_that_is_never_closed_swallows_no_file(write, monkeypatch):
+    monkeypatch.setattr(csv_rows, "MAX_ROW_LINES", 5)
+    path = write('text\na\n"open\n' + "\n".join("abcdefgh") + "\n", "data.csv")
+    rows = list(csv_records(path))
+    assert [row.line for row in rows] == [2, 3, 9, 10, 11]
+    assert [type(row) is Record for row in rows] == [True, False, True, True, True]
+    assert rows[1].kind == "line too long"
+    assert rows[1].raw == b'"open\na\nb\nc\nd\ne'
+
+
+@pytest.mark.reliability("R20")
+def test_blanks_above_the_limit_are_no_blank_line(write):
+    (long,) = rejected(write(b" " * (MAX_ROW_BYTES + 5) + GOOD + b"\n" + GOOD))
+    assert long.kind == "line too long"
+    assert len(long.raw) == MAX_ROW_BYTES
+
+
+@pytest.mark.reliability("R20")
+def test_an_array_element_above_the_limit_is_refused_and_one_without_end_told(write):
+    long = b'[{"text": "' + b"x" * (MAX_ROW_BYTES + 2**20) + b'"},\n'
+    path = write(long + GOOD + b"]", "data.json")
+    (row,) = rejected(path)
+    assert (row.line, row.kind, len(row.raw)) == (1, "line too long", MAX_ROW_BYTES)
+    path = write(long + b'{"text": "' + b"y" * (2 * MAX_ROW_BYTES + 2**20) + b'"}]', "data.json")
+    with pytest.raises(LoricaError, match=r"data\.json:2: line too long: no end of the row within"):
+        list(json_records(path))

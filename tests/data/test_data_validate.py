@@ -53,6 +53,7 @@ def test_preference_data_is_refused_by_name_unless_a_format_is_asked_for(write):
     assert validate(path, "text", "chosen").examples == [Text(f"{path}:1", "a")]
 
 
+@pytest.mark.reliability("R26")
 def test_no_match_lists_columns_nearest_name_and_formats(write):
     with pytest.raises(LoricaError) as error:
         validate(write([{"promt": "q", "completion": "a"}]))
@@ -60,6 +61,7 @@ def test_no_match_lists_columns_nearest_name_and_formats(write):
         assert part in str(error.value)
 
 
+@pytest.mark.reliability("R26")
 def test_required_column_absent_everywhere_is_one_error(write):
     with pytest.raises(LoricaError, match=r"needs column 'output', which no row has\. Did you mean 'outputs'\?"):
         validate(write([{"instruction": "q", "outputs": "a"}] * 20), dataset_format="alpaca")
@@ -67,9 +69,10 @@ def test_required_column_absent_everywhere_is_one_error(write):
         validate(write([ROWS["alpaca"]]), dataset_format="alpacca")
 
 
+@pytest.mark.reliability("R20")
 def test_minority_format_is_refused_with_both_names(write):
     report = validate(write([ROWS["messages"], ROWS["text"], ROWS["messages"]]), skip_invalid_rows=True)
-    assert [(row.line, row.reason) for row in report.rejected] == [
+    assert [(row.line, row.reason) for row in report.rejected_rows()] == [
         (2, "other format: the row is text, the data is messages")
     ]
 
@@ -91,6 +94,7 @@ def test_rows_become_examples(write):
     assert (tokens.input_ids, tokens.labels) == ((5, 6), (5, 6))
 
 
+@pytest.mark.reliability("R23")
 @pytest.mark.parametrize(
     ("name", "row", "reason"),
     [
@@ -143,6 +147,7 @@ def test_seq2seq_labels_have_their_own_length(write):
     assert validate(path, seq2seq=True).examples[0].labels == (3,)
 
 
+@pytest.mark.reliability("R20")
 def test_default_lists_ten_lines_and_the_total(write):
     path = write([ROWS["text"]] * 2 + [{"text": ""}] * 13)
     with pytest.raises(LoricaError) as error:
@@ -153,10 +158,11 @@ def test_default_lists_ten_lines_and_the_total(write):
     assert lines[11:] == ["  and 3 more", "Correct them, or set skip_invalid_rows to train on the other 2."]
 
 
+@pytest.mark.reliability("R20")
 def test_rejected_rows_are_written_with_their_bytes(write, tmp_path):
     path = write(b'{"text": "a"}\n{"text": ""}\n{"text": "\xe9"}\n{')
     report = validate(path, skip_invalid_rows=True)
-    assert report.rows_read == 4
+    assert (report.rows_read, report.rejected) == (4, 3)
     assert report.reasons == {"empty field": 1, "invalid UTF-8": 1, "malformed JSON": 1}
     write_rejected(report, tmp_path / "rejected.jsonl")
     entries = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
@@ -167,6 +173,7 @@ def test_rejected_rows_are_written_with_their_bytes(write, tmp_path):
     assert [entry["line"] for entry in entries] == [2, 3, 4]
 
 
+@pytest.mark.reliability("R21")
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
 def test_empty_file_is_named(write, content):
     path = write(content)
@@ -174,6 +181,7 @@ def test_empty_file_is_named(write, content):
         validate(path)
 
 
+@pytest.mark.reliability("R21")
 def test_no_usable_row_counts_the_reasons(write):
     path = write(b'{\n{"text": ""}\n{"text": null}\n{"text": ""}\n')
     with pytest.raises(LoricaError, match=r"none of the 4 rows .*empty field \(2\); malformed JSON \(1\)"):
@@ -190,6 +198,7 @@ def test_empty_prompts_and_duplicates_are_counted(write):
     assert overlap(report, validate(write(rows[1:], "eval.jsonl"))) == 2
 
 
+@pytest.mark.reliability("R20")
 def test_change_after_the_check_is_noticed(write):
     path = write([ROWS["text"]])
     report = validate(path)
@@ -202,6 +211,7 @@ def test_change_after_the_check_is_noticed(write):
 fields = st.none() | st.text(max_size=3) | st.integers() | st.lists(st.text(max_size=2), max_size=2)
 
 
+@pytest.mark.reliability("R20", "R23")
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(st.fixed_dictionaries({}, optional={"prompt": fields, "completion": fields, "text": fields}),
                      min_size=1, max_size=6))  # fmt: skip
@@ -213,7 +223,7 @@ def test_no_row_is_lost_and_kept_rows_have_something_to_train(tmp_path, rows):
     except LoricaError:
         return
     assert report.rows_read == len(rows)
-    lines = [int(e.where.rsplit(":", 1)[1]) for e in report.examples] + [row.line for row in report.rejected]
+    lines = [int(e.where.rsplit(":", 1)[1]) for e in report.examples] + [row.line for row in report.rejected_rows()]
     assert sorted(lines) == list(range(1, len(rows) + 1))
     for example in report.examples:
         assert isinstance(example, Pair | Text | Chat)

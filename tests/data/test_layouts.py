@@ -108,6 +108,11 @@ class TestGsm8k:
         with pytest.raises(LoricaError, match=r"train\.jsonl: no such file; .* reader 'gsm8k' needs none"):
             read(folder, "gsm8k_8_shot")
 
+    def test_a_shot_without_its_answer_is_named(self, files: Callable[..., Path]) -> None:
+        folder = files(test_DOT_jsonl=solved(1), train_DOT_jsonl='{"question": "q"}\n')
+        with pytest.raises(LoricaError, match=r"train\.jsonl:1: missing field: 'answer'"):
+            read(folder, "gsm8k_8_shot")
+
 
 def bbh(files: Callable[..., Path], content: Any, prompt: str = "canary\n-----\nDo it.\n\nQ: a\nA: b\n") -> Path:
     return files(walk_DOT_json=json.dumps(content), cot_DASH_prompts__walk_DOT_txt=prompt)
@@ -152,14 +157,18 @@ class TestPiqa:
         with pytest.raises(LoricaError, match=r"valid-labels\.lst: one 0 or 1 for each of the 2 rows"):
             read(folder, "piqa")
 
+    def test_labels_that_are_no_text_are_refused(self, files: Callable[..., Path]) -> None:
+        folder = files(valid_DOT_jsonl=PIQA, valid_DASH_labels_DOT_lst="")
+        (folder / "valid-labels.lst").write_bytes(b"\xff")
+        with pytest.raises(LoricaError, match=r"valid-labels\.lst: cannot read it: 'utf-8' codec"):
+            read(folder, "piqa")
+
     def test_a_broken_row_keeps_the_labels_in_step(self, files: Callable[..., Path]) -> None:
         folder = files(valid_DOT_jsonl=PIQA + '{"goal": "g"}\n' + PIQA, valid_DASH_labels_DOT_lst="0 1 1")
         source = LayoutSource(str(folder), LAYOUTS["piqa"])
         report = validate(source, FORMAT, skip_invalid_rows=True)
         assert [example.completion for example in report.examples] == [" one", " two"]
-        assert [str(row) for row in report.rejected] == [
-            f"{folder / 'valid.jsonl'}:2: missing field: 'sol1' is missing, blank or no text"
-        ]
+        assert report.shown == [f"{folder / 'valid.jsonl'}:2: missing field: 'sol1' is missing, blank or no text"]
 
 
 def test_boolq_takes_booleans_alone(files: Callable[..., Path]) -> None:

@@ -277,6 +277,7 @@ def test_rows_without_answers_have_no_exact_match(llama: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.reliability("R34")
 def test_evaluation_leaves_no_trace(training: bool, llama: Any, tmp_path: Path) -> None:
     dataset = data(tmp_path)
     llama.train(training)

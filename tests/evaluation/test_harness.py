@@ -113,6 +113,7 @@ def test_accuracy_is_that_of_a_hand_computation(
     assert found["lm_eval_version"][0].isdigit()
 
 
+@pytest.mark.reliability("R34")
 def test_model_tokenizer_and_random_state_are_as_before(llama: Any, task: Callable[..., str]) -> None:
     llama.train()
     llama.model.layers[0].eval()  # such as a part that is frozen
@@ -136,6 +137,7 @@ def test_model_tokenizer_and_random_state_are_as_before(llama: Any, task: Callab
     assert all(parameter.grad is None and parameter.requires_grad for parameter in llama.parameters())
 
 
+@pytest.mark.reliability("R34")
 def test_training_of_a_protected_model_goes_on_as_if_nothing_had_been(task: Callable[..., str]) -> None:
     def trained(between: Callable[[Any], Any]) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
@@ -212,7 +214,7 @@ def test_nothing_to_run_is_an_error(llama: Any, tmp_path: Path) -> None:
     with pytest.raises(LoricaError, match="is a group"):
         lm_eval_scores(llama, TOKENIZER, [str(group)])
     group.write_text("task: [")
-    with pytest.raises(LoricaError, match=r"group.yaml: cannot read it: .*line 1"):
+    with pytest.raises(LoricaError, match=r"group.yaml: not YAML: line 1"):
         lm_eval_scores(llama, TOKENIZER, [str(group)])
 
 
@@ -226,6 +228,7 @@ def test_a_task_without_lm_eval_says_what_to_install(
         lm_eval_scores(llama, TOKENIZER, [task()])
 
 
+@pytest.mark.reliability("S7")
 def test_code_of_a_task_runs_only_where_it_is_allowed(llama: Any, task: Callable[..., str], tmp_path: Path) -> None:
     path, mark = Path(task()), tmp_path / "ran"
     (tmp_path / "own_code.py").write_text(
@@ -239,6 +242,7 @@ def test_code_of_a_task_runs_only_where_it_is_allowed(llama: Any, task: Callable
     assert mark.exists()
 
 
+@pytest.mark.reliability("S7")
 @pytest.mark.parametrize(
     "yaml",
     [
@@ -265,6 +269,7 @@ def test_code_is_found_wherever_it_stands(yaml: str, tmp_path: Path) -> None:
     assert code_in_task(tmp_path / "task.yaml")
 
 
+@pytest.mark.reliability("S7")
 @pytest.mark.parametrize(
     "yaml",
     [
@@ -272,7 +277,7 @@ def test_code_is_found_wherever_it_stands(yaml: str, tmp_path: Path) -> None:
         "task: t\ndoc_to_target: '{{options[label]}} {{a[0]}} {{a[:2]}}'\nfewshot: 3\nx: null\ny: 1.5",
         "task: t\ndoc_to_choice: \"{{['A', 'B'][label]}}\"\nmetric_list: [{metric: exact_match, hf_evaluate: false}]",
         "task: t\ndoc_to_text: '100 % {{ and more'",
-        "include: plain.yaml\ntask: t\nx: &x [*x]",
+        "include: plain.yaml\ntask: t\nx: &x [1]\ny: [*x, *x]",
         "",
     ],
 )

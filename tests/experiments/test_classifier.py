@@ -62,6 +62,7 @@ def test_a_masked_language_model_becomes_a_classifier(
     assert {record["scores"][0][0] for record in records} == {records[0]["scores"][0][0]}, "the same new head for all"
 
 
+@pytest.mark.reliability("R10", "R11")
 @pytest.mark.parametrize("method", ["seqft", "per-task"])
 def test_a_stopped_classifier_goes_on_to_the_same_end(
     method: str, labelled: TaskStream, bert_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

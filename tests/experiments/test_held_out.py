@@ -37,7 +37,7 @@ def test_a_task_of_the_harness_is_scored_and_told_apart(
     write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FromHarness, "score", lambda *_: 40.0)
-    monkeypatch.setattr(lorica.experiments.setup, "check_harness", lambda _: None)
+    monkeypatch.setattr(lorica.experiments.setup, "check_harness", lambda *_, **__: None)
     options: dict[str, Any] = {"methods": "seqft", "max_steps": 1}
     (record,), _ = run(write(), llama_folder, tmp_path / "out", held_out="arc_easy", **options)
     assert record["retention"]["arc_easy"] == [40.0, 40.0, 40.0]

@@ -19,6 +19,7 @@ import lorica.experiments.story
 from lorica.errors import Interrupted, LoricaError
 from lorica.training.trainer import MethodTrainer
 from tests.experiments.conftest import Write, llama_folder, run, write  # noqa: F401
+from tests.reliability.interruptions import signalled_in
 
 LASTING = (
     "scores", "retention", "metrics", "row_scores", "carried_bytes", "leakage", "intervals", "model_parameters",
@@ -37,14 +38,20 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, tasks: int) -> None:
             if len(begun) == tasks and state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
 
+    add(monkeypatch, Stopper)
+
+
+def add(monkeypatch: pytest.MonkeyPatch, callback: type[TrainerCallback]) -> None:
+    """Give every Trainer that is made another callback."""
     start = MethodTrainer.__init__
 
-    def with_stopper(self: Any, *args: Any, **given: Any) -> None:
-        start(self, *args, **given | {"callbacks": [*given["callbacks"], Stopper()]})
+    def with_callback(self: Any, *args: Any, **given: Any) -> None:
+        start(self, *args, **given | {"callbacks": [*given["callbacks"], callback()]})
 
-    monkeypatch.setattr(MethodTrainer, "__init__", with_stopper)
+    monkeypatch.setattr(MethodTrainer, "__init__", with_callback)
 
 
+@pytest.mark.reliability("R10", "R11")
 @pytest.mark.parametrize("method", ["seqft", "half", "lora", "olora", "ewc", "replay", "per-task", "joint"])
 def test_a_stopped_run_goes_on_to_the_same_end(
     method: str, write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -57,11 +64,16 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     (whole,), _ = run(stream, llama_folder, tmp_path / "whole", **options)
     with monkeypatch.context() as patch:
         stop_at(patch, 1 if method == "joint" else 3)
-        with pytest.raises(Interrupted, match="the finished tasks are kept; the same command goes on") as stopped:
+        kept = "what is done is kept, also of task three; the same command goes on"
+        with pytest.raises(Interrupted, match=kept) as stopped:
             run(stream, llama_folder, tmp_path / "parts", **options)
     assert stopped.value.signum == signal.SIGTERM
-    assert not list((tmp_path / "parts").rglob("checkpoint-*"))
-    (resumed,), told = run(stream, llama_folder, tmp_path / "parts", **options)
+    assert [folder.name for folder in (tmp_path / "parts").rglob("checkpoint-*")] == ["checkpoint-3"]
+    with monkeypatch.context() as patch:
+        steps = begun_steps(patch)
+        (resumed,), told = run(stream, llama_folder, tmp_path / "parts", **options)
+    assert steps == list(range(4, 16 if method == "joint" else 6)), "those before are not taken again"
+    assert not list((tmp_path / "parts").rglob("task-*"))
     assert [line.split(",")[1].split(":")[0] for line in told if ", after" in line] == [" after three"]
     for field in LASTING:
         assert json.dumps(resumed[field]) == json.dumps(whole[field]), field
@@ -76,6 +88,103 @@ def check_same_files(whole: Path, parts: Path) -> None:
     answers = (whole / "predictions.jsonl").read_text()
     assert (parts / "predictions.jsonl").read_text() == answers
     assert len(answers.splitlines()) > 8
+
+
+def begun_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the number of each step of training as it begins."""
+    steps: list[int] = []
+
+    class Counter(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            steps.append(state.global_step + 1)
+
+    add(monkeypatch, Counter)
+    return steps
+
+
+@pytest.mark.reliability("R12")
+@pytest.mark.parametrize("method", ["half", "per-task"])
+def test_a_task_that_is_learned_is_not_learned_again_when_its_scoring_is_stopped(
+    method: str, write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"methods": method, "max_steps": 3, "learning_rates": 1e-2, "save_models": True}
+    (whole,), _ = run(write(), llama_folder, tmp_path / "whole", **options)
+    with signalled_in(lorica.experiments.cell, "score_task", call=4), pytest.raises(Interrupted):
+        run(write(), llama_folder, tmp_path / "parts", **options)  # three columns before the first task
+    with monkeypatch.context() as patch:
+        steps = begun_steps(patch)
+        (resumed,), _ = run(write(), llama_folder, tmp_path / "parts", **options)
+    assert steps == [1, 2, 3], "of the second task alone"
+    for field in LASTING:
+        assert json.dumps(resumed[field]) == json.dumps(whole[field]), field
+    check_same_files(tmp_path / "whole" / method, tmp_path / "parts" / method)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nobody handles it."""
+
+
+@pytest.mark.reliability("R1", "R10")
+def test_killed_within_a_task_it_goes_on_from_the_last_checkpoint(
+    write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"methods": "half", "max_steps": 5, "save_models": True}
+    run(write(), llama_folder, tmp_path / "whole", **options)
+    begun: list[Any] = []
+
+    class Killer(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            begun.append(1)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if len(begun) == 2 and state.global_step == 4:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        add(patch, Killer)
+        with pytest.raises(Killed):
+            run(write(), llama_folder, tmp_path / "parts", **options, save_steps=3)
+    with monkeypatch.context() as patch:
+        steps = begun_steps(patch)
+        run(write(), llama_folder, tmp_path / "parts", **options)  # how often is saved is no matter
+    assert steps == [4, 5]
+    check_same_files(tmp_path / "whole" / "half", tmp_path / "parts" / "half")
+    assert not list((tmp_path / "parts").rglob("task-*"))
+
+
+def test_checkpoints_of_another_task_are_not_gone_on_from(
+    write: Write, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"methods": "half", "max_steps": 3, "save_steps": 1, "save_models": True}
+    run(write(), llama_folder, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(lorica.experiments.cell.CellRun, "_remove_tasks", killing_after_a_task)
+        with pytest.raises(Killed):
+            run(write(), llama_folder, tmp_path / "parts", **options)
+    assert (tmp_path / "parts" / "half" / "cell" / "task-1" / "checkpoint-3").is_dir()
+    run(write(), llama_folder, tmp_path / "parts", **options)
+    check_same_files(tmp_path / "whole" / "half", tmp_path / "parts" / "half")
+
+
+def killing_after_a_task(cell: Any, but: Path | None = None) -> None:
+    """Stand for a kill between the writing of a stage and the removal of what it makes needless."""
+    if (cell.folder / "stage-1").is_dir():
+        raise Killed
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"save_only_model": True}, "--save_only_model has no effect in lorica run"),
+        ({"save_strategy": "best"}, "--save_strategy best goes by scores while training; give no, steps or epoch"),
+        ({"load_best_model_at_end": True}, "--load_best_model_at_end has no effect in lorica run"),
+    ],
+)
+def test_what_a_run_keeps_of_a_task_can_be_said(
+    option: dict[str, Any], message: str, write: Write, llama_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LoricaError, match=message):
+        run(write(), llama_folder, tmp_path / "out", methods="seqft", **option)
 
 
 @pytest.mark.parametrize("method", ["half", "per-task"])
@@ -164,5 +273,5 @@ def test_damaged_progress_is_named(
             run(write(), llama_folder, tmp_path / "out", methods="seqft", max_steps=4)
     (progress,) = (tmp_path / "out").rglob("progress.json")
     progress.write_text("{")
-    with pytest.raises(LoricaError, match=r"stage-1/progress\.json: cannot read it: .*; remove .*stage-1 to begin"):
+    with pytest.raises(LoricaError, match=r"stage-1: progress\.json has 1 bytes, not .*; remove .*stage-1 to go on"):
         run(write(), llama_folder, tmp_path / "out", methods="seqft", max_steps=4)

@@ -189,7 +189,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "rate": ({}, {"learning_rates": [-1]}, r"--learning_rates holds one that is not above 0"),
     "few rows": ({}, {"learning_rates": [1e-3, 1e-2], "validation_fraction": 0.01}, r"8 rows are too few to cut 0\.01"),
     "field": ({}, {"seed": 3}, r"--seed is set by"),
-    "kept by itself": ({}, {"save_steps": 3}, r"--save_steps has no effect in lorica run"),
+    "kept by itself": ({}, {"save_only_model": True}, r"--save_only_model has no effect in lorica run"),
     "scored by itself": ({}, {"eval_strategy": "epoch"}, r"--eval_strategy has no effect in lorica run"),
     "goes on by itself": ({}, {"resume_from_checkpoint": True}, r"--resume_from_checkpoint has no effect"),
     "no batch": ({}, {"per_device_train_batch_size": 0}, r"--per_device_train_batch_size 0 is no number of rows"),
@@ -201,6 +201,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.reliability("R26")
 @pytest.mark.parametrize(("changes", "options", "message"), WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_run_is_one_error_before_anything_runs(
     changes: dict[str, Any], options: dict[str, Any], message: str, write: Write, llama_folder: Path, tmp_path: Path

@@ -65,6 +65,7 @@ def test_every_linear_layer_of_the_blocks_is_found(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.reliability("R29")
 def test_protect_train_release(name: str) -> None:
     model = tiny(name)
     before = matrices(model)
@@ -133,6 +134,7 @@ def test_experts_that_are_plain_linear_layers_are_protected() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5-gated"])
+@pytest.mark.reliability("R29")
 def test_bf16_models_stay_bf16_and_leak_what_rounding_leaks(name: str) -> None:
     model, base = (tiny(name, torch.bfloat16) for _ in range(2))
     plan = lorica.plan(model, 0.5)
@@ -195,6 +197,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("name", DENSE)
+@pytest.mark.reliability("R33")
 def test_the_saved_folder_is_a_plain_model(exported: dict[str, Path], name: str) -> None:
     folder = exported[name]
     assert torch.equal(load_file(folder / "logits")["logits"], load_file(folder / "expected")["logits"])

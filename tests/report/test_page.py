@@ -94,6 +94,7 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "report.md").read_bytes() == (tmp_path / "b" / "report.md").read_bytes()
 
 
+@pytest.mark.reliability("S8")
 def test_names_from_records_are_escaped(tmp_path: Path) -> None:
     record = cell(
         "osft", "1", 0, (80, 90, 60), label=NASTY, name=NASTY, stream=NASTY, model=NASTY, command=NASTY,

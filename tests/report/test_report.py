@@ -99,5 +99,5 @@ def test_an_update_without_evaluation_files(make_train: Make, tmp_path: Path) ->
 def test_an_infinite_or_nan_literal_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     path.write_text('{"schema": 1, "kind": "run", "scores": [[NaN]]}')
-    with pytest.raises(LoricaError, match=r"run\.json: not a JSON file \(NaN"):
+    with pytest.raises(LoricaError, match=r"run\.json: not a run record: NaN is no JSON number"):
         read_record(path)

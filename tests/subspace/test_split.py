@@ -51,6 +51,7 @@ def test_top_k_is_the_best_approximation_of_its_rank(m: int, n: int, share: floa
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.reliability("R17")
 def test_scale_changes_the_spectrum_alone(scale: float) -> None:
     w = matrix(12, 8, dtype=torch.float64)
     plain, scaled = split(w, 4), split(w * scale, 4)
@@ -63,6 +64,7 @@ def test_scale_changes_the_spectrum_alone(scale: float) -> None:
     [torch.zeros(6, 9), torch.full((6, 9), 3.0), with_spectrum(6, 9, torch.tensor([2.0, 1.0])).float()],
     ids=["zero", "constant", "rank-2"],
 )
+@pytest.mark.reliability("R17")
 def test_more_directions_than_the_rank_are_still_orthonormal(w: torch.Tensor) -> None:
     parts = split(w, 5)
     assert is_orthonormal(parts.u_MK)
@@ -72,6 +74,7 @@ def test_more_directions_than_the_rank_are_still_orthonormal(w: torch.Tensor) ->
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.reliability("R17")
 def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
     w = matrix(4, 3)
     w[2, 1] = bad

@@ -19,6 +19,7 @@ def test_strings_of_a_command_line_get_the_types_of_their_fields() -> None:
     assert checked["max_steps"] == 7
 
 
+@pytest.mark.reliability("R26")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -73,6 +74,7 @@ def test_a_refusal_of_transformers_is_one_message() -> None:
         ({"hub_token": "hf_aaaaaaaaaaaa"}, "--hub_token is not taken: .*HF_TOKEN"),
         ({"push_to_hub": True}, "--push_to_hub is not taken"),
         ({"do_train": True}, "--do_train is set by lorica train itself"),
+        ({"auto_find_batch_size": True}, "--auto_find_batch_size is not taken: .*run in halves by itself"),
     ],
 )
 def test_values_that_fail_later_or_do_harm_are_refused_now(given: dict[str, object], message: str) -> None:

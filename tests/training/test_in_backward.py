@@ -319,6 +319,7 @@ def test_the_log_tells_no_norm_of_gradients_that_are_gone(tmp_path: Path) -> Non
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters()), "hooks are gone"
 
 
+@pytest.mark.reliability("R15")
 def test_a_diverged_run_stops_before_the_weights_are_no_numbers(tmp_path: Path) -> None:
     model, log = fitted(tmp_path, 1e30)
     assert log is None

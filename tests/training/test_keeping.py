@@ -124,6 +124,7 @@ def test_every_random_generator_goes_on_where_it_was(tmp_path: Path) -> None:
         (lambda f: (f / "a").write_bytes(b"124"), "a was changed"),
     ],
 )
+@pytest.mark.reliability("R4")
 def test_every_damage_is_found(harm: Callable[[Path], object], message: str, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "a").write_bytes(b"123")
@@ -164,6 +165,7 @@ def test_resumed_from_any_of_them_it_is_the_undisturbed_run(
         assert all(torch.equal(again[key], whole[key]) for key in whole), folder.name
 
 
+@pytest.mark.reliability("R3", "R4")
 def test_the_newest_complete_one_is_taken_and_the_others_are_named(
     llama_folder: Path, copied: tuple[Path, str]
 ) -> None:
@@ -179,6 +181,7 @@ def test_the_newest_complete_one_is_taken_and_the_others_are_named(
     assert (out / "model.safetensors").exists()
 
 
+@pytest.mark.reliability("R2", "R3")
 def test_nothing_complete_is_an_error_and_so_is_a_damaged_one_by_name(copied: tuple[Path, str]) -> None:
     out, _ = copied
     (out / "checkpoint-6" / "model.safetensors").unlink()
@@ -192,12 +195,14 @@ def test_nothing_complete_is_an_error_and_so_is_a_damaged_one_by_name(copied: tu
     assert len(said) == 3
 
 
+@pytest.mark.reliability("R1")
 def test_old_ones_go_when_the_new_one_is_complete(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     run(llama_folder, tmp_path / "out", rows("new"), save_steps=1, save_total_limit=2)
     left = {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")}
     assert left == {"checkpoint-5", "checkpoint-6"}
 
 
+@pytest.mark.reliability("R5")
 def test_weights_alone_are_no_checkpoint_to_resume(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(llama_folder, out, rows("new"), save_steps=3, save_only_model=True)
@@ -209,11 +214,12 @@ def test_weights_alone_are_no_checkpoint_to_resume(llama_folder: Path, rows: Row
 # --- lorica verify ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.reliability("R4")
 def test_verify_finds_a_changed_byte(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(llama_folder, out, rows("new"), save_steps=3)
     assert [str(one) for one in verify(out)] == [
-        f"{name}: complete and unchanged" for name in ("checkpoint-3", "checkpoint-6", "model")
+        f"{name}: complete and unchanged" for name in ("model", "checkpoint-3", "checkpoint-6")
     ]
     assert [one.problem for one in verify(out / "checkpoint-3")] == [None]
     for file, what in ((out / "model.safetensors", "model"), (out / "checkpoint-3" / "config.json", "checkpoint-3")):

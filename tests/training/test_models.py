@@ -126,6 +126,7 @@ class OwnModel(LlamaForCausalLM):
 """
 
 
+@pytest.mark.reliability("S5")
 def test_code_of_the_model_s_own_runs_only_when_trusted(model_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(model_copy.parent / "modules"))
     (model_copy / "own.py").write_text(CUSTOM)

@@ -98,6 +98,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("kind", [SeqFT, Pull, Flatten])
 @pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.reliability("R28")
 def test_the_trainer_is_the_plain_loop(name: str, kind: type[SeqFT], accumulation: int, tmp_path: Path) -> None:
     found = trained(name, kind(Targets()), tmp_path, steps=2, accumulation=accumulation)
     same(found, by_hand(name, kind(Targets()), steps=2))

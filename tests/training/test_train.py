@@ -58,6 +58,7 @@ def test_update_of_a_causal_model(llama_folder: Path, rows: Rows, tmp_path: Path
     assert not report.assumed, "the plan is the recorded one"
 
 
+@pytest.mark.reliability("R33")
 def test_output_is_a_plain_model_without_pickles(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(llama_folder, out, rows("new"))
@@ -157,6 +158,7 @@ def test_everything_protected_moves_nothing(llama_folder: Path, rows: Rows, tmp_
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.reliability("R9", "R11")
 def test_interrupted_and_resumed_is_the_undisturbed_run_bitwise(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     file, stopped = rows("new"), tmp_path / "stopped"
     options = {"max_steps": 300, "logging_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
@@ -197,6 +199,7 @@ def test_saved_plan_is_given_back(llama_folder: Path, rows: Rows, tmp_path: Path
     assert [row["k"] for row in second["plan"]] == [7, *(row["k"] for row in first["plan"][1:])]
 
 
+@pytest.mark.reliability("R33")
 def test_bfloat16_model_stays_bfloat16(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     narrow = tmp_path / "bf16"
     AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.bfloat16).save_pretrained(narrow)
@@ -216,6 +219,7 @@ def test_rejected_rows_are_kept_aside(llama_folder: Path, rows: Rows, tmp_path: 
     assert record["data"]["train"]["kept"] == 24
 
 
+@pytest.mark.reliability("R19")
 def test_resuming_as_another_run_is_refused_by_name(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     file, out = rows("new"), tmp_path / "out"
     run(llama_folder, out, file, save_steps=3)
@@ -249,6 +253,7 @@ def test_only_our_checkpoints_are_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-mine", "checkpoint-3-old"}
 
 
+@pytest.mark.reliability("R15")
 def test_a_diverged_run_stops_and_saves_nothing(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     options = {"learning_rate": 1e30, "optim": "sgd", "max_grad_norm": 0.0, "max_steps": 20}
     with pytest.raises(LoricaError, match=r"the loss is (nan|inf) at step \d+.*no checkpoint was written yet"):
@@ -266,6 +271,7 @@ def test_before_and_after_are_measured_alike_under_mixed_precision(
     assert record["scores"]["before"]["eval"]["loss"] == record["scores"]["after"]["eval"]["loss"]
 
 
+@pytest.mark.reliability("S12")
 def test_secrets_stay_out_of_the_record() -> None:
     given = {"command": "lorica --x hf_abcdefghijkl https://me:pass@host/x", "num_tokens": 5, "list": ["sk-12345678"]}
     assert redacted(given) == {

@@ -21,14 +21,24 @@ from lorica.data.dataset import EncodedDataset, load
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score, evaluate
 from lorica.evaluation.generate import Progress
+from lorica.files import write_text
+from lorica.hub import commits
 from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, redacted, write_json
+from lorica.redaction import cleaned
 from lorica.report.inspection import inspection_part, inspection_text
 from lorica.report.inspection_record import InspectionRecord
 from lorica.report.page import html_report, markdown_report
 from lorica.report.tables import count, duration
 from lorica.subspace.calibration import Batch, observe, own_text, random_tokens
 from lorica.subspace.plan import MEASURED, Plan
-from lorica.training.models import make_output_dir, position_limit, read_model, read_model_config, read_tokenizer
+from lorica.training.models import (
+    make_output_dir,
+    pinned,
+    position_limit,
+    read_model,
+    read_model_config,
+    read_tokenizer,
+)
 
 CALIBRATION_ROWS = 256
 """How many rows of ``calibration_file`` are used at most."""
@@ -64,7 +74,8 @@ class Inspection:
     """One look at one model, in its stages. Files are checked before weights are loaded."""
 
     def __init__(self, options: InspectOptions, say: Say = print, bars: Bars | None = None) -> None:
-        self.options, self.say = options, say
+        self.options = options = pinned(options)
+        self.say = cleaned(say)
         self.bar: Callable[[str], Progress | None] = bars or (lambda _: None)
         self.watch = Stopwatch()
         name, more = options.model_name_or_path, self._loading()
@@ -81,6 +92,7 @@ class Inspection:
         self.calibration_rows = self._load(options.calibration_file)
         self.output_dir = make_output_dir(str(options.output_dir))
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        more["allow_pickle"] = options.allow_pickle
         self.model = read_model(name, config, dtype=options.dtype, device=device, **more)
         self.curvature_rows = self._curvature_rows()
 
@@ -184,6 +196,7 @@ class Inspection:
             "schema": SCHEMA,
             "kind": "inspect",
             "model": redacted(Path(self.options.model_name_or_path).name),
+            "commits": commits(self.options.model_name_or_path, self.options.model_revision),
             "model_parameters": self.model.num_parameters(),
             "calibration": redacted(self._shown()),
             "options": redacted({name: _plain(value) for name, value in asdict(self.options).items()}),
@@ -195,8 +208,8 @@ class Inspection:
         # The pages say what the file says, and nothing else.
         told = InspectionRecord.model_validate_json(path.read_bytes())
         part = inspection_part(told)
-        (self.output_dir / "inspect.html").write_text(html_report([part]), encoding="utf-8")
-        (self.output_dir / "inspect.md").write_text(markdown_report([part]), encoding="utf-8")
+        write_text(self.output_dir / "inspect.html", html_report([part]))
+        write_text(self.output_dir / "inspect.md", markdown_report([part]))
         self.say(inspection_text(told))
         self.say(f"record: {path}   report: {self.output_dir / 'inspect.html'}")
 

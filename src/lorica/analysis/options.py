@@ -40,7 +40,8 @@ class InspectOptions:
         curvature_rows: rows of ``task_file`` for the curvature, spread evenly over it; 32 by default, 0 for none.
         max_length: longest row, in tokens.
         batch_size: rows scored at a time.
-        dtype, model_revision, trust_remote_code: see ``lorica.training.models.read_model``.
+        dtype, model_revision, trust_remote_code, allow_pickle: see ``lorica.training.models.read_model``.
+        require_pinned: take nothing from the hub without its whole commit.
 
     Raises:
         LoricaError: a value out of range, or an option that would be without effect.
@@ -65,6 +66,8 @@ class InspectOptions:
     dtype: str = "auto"
     model_revision: str | None = None
     trust_remote_code: bool = False
+    allow_pickle: bool = False
+    require_pinned: bool = False
 
     def __post_init__(self) -> None:
         self._check_task()

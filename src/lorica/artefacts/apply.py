@@ -18,7 +18,8 @@ from lorica.artefacts.overlap import TOLERANCE
 from lorica.artefacts.route import Route, route
 from lorica.constrain.checkpoint import open_weights
 from lorica.errors import LoricaError
-from lorica.record import SCHEMA, environment, write_json
+from lorica.files import listing
+from lorica.record import SCHEMA, environment, redacted, write_json
 
 Edit = Callable[[str, Tensor], Tensor]
 
@@ -60,7 +61,7 @@ def apply_updates(
 
     Returns:
         What is written to ``lorica.json``: ``operation`` (apply, remove, scale or compose), ``exact``, ``before``
-        and ``after`` (SHA-256 of the models), ``updates``, ``scale``, and ``overlap`` of a composition.
+        and ``after`` (SHA-256 of the models), ``updates``, ``scale``, ``overlap`` of a composition, and ``files``.
 
     Raises:
         LoricaError: an update is damaged or does not fit the model, updates overlap or do not go together, an
@@ -87,7 +88,7 @@ def apply_updates(
             "kind": "apply",
             "operation": "remove" if remove else "compose" if way.composed else "apply" if exact else "scale",
             "exact": exact,
-            "model": model,
+            "model": redacted(model),
             "before": digest(found),
             "after": digest(made),
             "updates": [_told(update) for update in way.steps],
@@ -96,9 +97,10 @@ def apply_updates(
             **_plan(way, remove),
             **environment(),
         }
+        record["files"] = listing(folder)
         write_json(folder / "lorica.json", record)
     for line in _described(record, output_dir):
-        say(line)
+        say(redacted(line))
     return record
 
 
@@ -149,7 +151,7 @@ def _plan(way: Route, remove: bool) -> dict[str, Any]:
 def _told(update: Update) -> dict[str, Any]:
     header = update.header
     ends = {"before": digest(header.prints("before")), "after": digest(header.prints("after"))}
-    return {"path": str(update), **ends, "training": header.made.get("training", {})}
+    return {"path": redacted(str(update)), **ends, "training": header.made.get("training", {})}
 
 
 def _described(record: dict[str, Any], output_dir: str) -> Iterator[str]:

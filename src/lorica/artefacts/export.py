@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from lorica.artefacts.file import Header, Progress, TensorState, digest, write_c
 from lorica.artefacts.folder import check_new, new_folder
 from lorica.constrain.checkpoint import Weights, open_weights
 from lorica.errors import LoricaError, did_you_mean
-from lorica.record import environment
+from lorica.json_file import load_json
+from lorica.record import environment, redacted
 
 Say = Callable[[str], None]
 
@@ -68,7 +68,7 @@ def export_update(
         "model_bytes": sum(file.stat().st_size for file in _files(Path(before))),
     }
     for line in _described(result, before, header):
-        say(line)
+        say(redacted(line))
     return result
 
 
@@ -116,7 +116,7 @@ def _plan(new: Weights) -> list[dict[str, Any]] | None:
 
 def _made(after: Path) -> dict[str, Any]:
     try:
-        record = json.loads((after / "lorica.json").read_text(encoding="utf-8"))
+        record = load_json(after / "lorica.json", constants=True)
     except (OSError, ValueError):
         record = {}
     told = {name: record[name] for name in _TOLD if name in record} if isinstance(record, dict) else {}

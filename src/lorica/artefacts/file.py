@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ from lorica.artefacts.bits import fingerprint
 from lorica.artefacts.change import Change
 from lorica.constrain.checkpoint import FolderWeights, Weights
 from lorica.errors import LoricaError
+from lorica.files import sha256
+from lorica.json_file import load_json
 from lorica.record import write_json
 
 HEADER = "lorica-update.json"
@@ -107,7 +108,7 @@ class Update:
         header = _header(folder)
         for name, digest in header.files.items():
             try:
-                found = _sha256(folder / name)
+                found = sha256(folder / name)
             except OSError as error:
                 raise LoricaError(f"{folder / name}: cannot read it: {error.strerror}") from error
             if found != digest:
@@ -157,7 +158,7 @@ def _header(folder: Path) -> Header:
         hint = "; it is a model: make an update of it with lorica export-update" if made_by_train else ""
         raise LoricaError(f"{folder}: no saved update (it has no {HEADER}){hint}")
     try:
-        return Header.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return Header.model_validate(load_json(path, constants=True))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -172,7 +173,7 @@ def write_changes(folder: Path, changes: Iterable[tuple[str, Change]]) -> dict[s
     for number, tensors in enumerate(_batches(changes), start=1):
         path = folder / f"update-{number:05}.safetensors"
         save_file(tensors, path)
-        files[path.name] = _sha256(path)
+        files[path.name] = sha256(path)
     return files
 
 
@@ -207,8 +208,3 @@ def digest(prints: Mapping[str, str]) -> str:
     """Return one SHA-256 for a whole model: of all keys and fingerprints, however its files are cut."""
     lines = "".join(f"{key} {prints[key]}\n" for key in sorted(prints))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

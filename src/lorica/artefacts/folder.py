@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lorica.artefacts.bits import bits
 from lorica.errors import LoricaError
+from lorica.files import make_folder, sync_folder, sync_tree, writing
 
 _SUFFIXES = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".spm", ".vocab"}
 _NAMES = ("LICENSE", "NOTICE")
-_OF_ONE_RUN = {"lorica.json", "run.json", "plan.json", "update.json", "trainer_state.json"}
+_OF_ONE_RUN = {
+    "lorica.json", "run.json", "plan.json", "update.json", "trainer_state.json", "manifest.json", "bases.json",
+}  # fmt: skip
 _FOLDERS = ("", "additional_chat_templates")
 
 
@@ -26,21 +29,22 @@ def new_folder(path: Path, option: str) -> Iterator[Path]:
     """Fill a folder beside ``path`` in here; it takes the place of ``path`` at the end if nothing went wrong.
 
     Raises:
-        LoricaError: ``path`` exists and is not an empty folder, or the folder cannot be written; ``option`` is
-            what the user gave it by.
+        LoricaError: ``path`` exists and is not an empty folder, or the folder cannot be written (``CannotWrite``);
+            ``option`` is what the user gave it by.
     """
     path = path.absolute()
     check_new(path, option)
     aside = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        yield aside
-        if path.exists():
-            path.rmdir()
-        aside.rename(path)
-    except (OSError, SafetensorError) as error:
-        raise LoricaError(f"{option} {path}: cannot write it: {error}") from error
+        with writing(path, f"{option} {path}: cannot write it"):
+            shutil.rmtree(aside, ignore_errors=True)
+            make_folder(aside)
+            yield aside
+            sync_tree(aside)
+            if path.exists():
+                path.rmdir()
+            aside.rename(path)
+            sync_folder(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -49,6 +49,12 @@ def inspect(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust_remote_code", help="Run Python code that comes with the model.")
     ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow_pickle", help="Take a folder whose weights are pickles (*.bin) as well.")
+    ] = False,
+    require_pinned: Annotated[
+        bool, typer.Option("--require_pinned", help="Take nothing from the hub without its whole commit.")
+    ] = False,
 ) -> None:
     """Look at a model before training it: are its small directions free, and what would be protected?"""
     given = {name: value for name, value in locals().items() if name != "model" and value not in (None, [])}

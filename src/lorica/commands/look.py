@@ -53,11 +53,11 @@ def audit(
 
 
 def verify(
-    folder: Annotated[str, typer.Argument(help="An output folder, or one of its checkpoints.")],
+    folder: Annotated[str, typer.Argument(help="An output folder of train, run, apply or export-update.")],
 ) -> None:
-    """Check that checkpoints and model are whole and unchanged since they were written.
+    """Check that checkpoints, models, results and saved updates are whole and unchanged since they were written.
 
-    Exit status 1 if one is not.
+    Exit status 0 if all are, 1 if one is not, 2 if there is nothing to verify.
     """
     from lorica.verification import verify as run_verify
 

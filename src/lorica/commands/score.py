@@ -50,6 +50,9 @@ def judge(
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Longest answer.")] = 256,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Prompts at a time.")] = 8,
     limit: Annotated[int | None, typer.Option("--limit", help="At most so many prompts.")] = None,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow_pickle", help="Take folders whose weights are pickles (*.bin) as well.")
+    ] = False,
 ) -> None:
     """Judge a model after training against the one before it: win, tie and lose, both orders of every pair."""
     if (judge_function is None) == (judge_url is None):
@@ -58,7 +61,7 @@ def judge(
         raise LoricaError("--judge_url and --judge_model belong together")
     if judge_url is None and judge_prompt_file is not None:
         raise LoricaError("--judge_prompt_file has no effect without --judge_url")
-    from lorica.judging import judge_models, told
+    from lorica.judging import judge_models
 
     who: Any
     if judge_function is not None:
@@ -73,11 +76,10 @@ def judge(
         template = PROMPT if judge_prompt_file is None else _read(judge_prompt_file)
         key = judge_api_key_env or None
         who = EndpointJudge(judge_url, judge_model, api_key_env=key, prompt_template=template)
-    record = judge_models(
+    judge_models(
         before, after, prompts_file, judge=who, max_new_tokens=max_new_tokens, batch_size=batch_size, limit=limit,
-        output_dir=output_dir,
+        output_dir=output_dir, allow_pickle=allow_pickle,
     )  # fmt: skip
-    print("\n".join(told(record)))
 
 
 def _read(path: Path) -> str:

@@ -95,6 +95,7 @@ def audit_weight(
     learned: Pair | None = None,
     *,
     master_delta_MN: Tensor | None = None,
+    directions: Protected | None = None,
 ) -> AuditRow:
     """Audit one weight against directions computed anew from the weight before.
 
@@ -105,10 +106,13 @@ def audit_weight(
         learned: directions of finished tasks that were to be protected besides.
         master_delta_MN: the change before it was added to the weight and rounded to the stored dtype
             (``SubspaceLayer.delta``), where it is known.
+        directions: the protected ones, where they cannot be computed anew: what was measured for them is gone.
     """
     if before_MN.shape != after_MN.shape:
         raise LoricaError(f"{entry.name}: shape {tuple(before_MN.shape)} before and {tuple(after_MN.shape)} after")
-    directions, sigma_S = directions_and_spectrum(before_MN, entry, moment_NN, learned)
+    sigma_S = None
+    if directions is None:
+        directions, sigma_S = directions_and_spectrum(before_MN, entry, moment_NN, learned)
     delta = _change(before_MN, after_MN, slice(None))
     leak_u, leak_v = _leaks(delta, directions, entry.constraint)
     master = None if master_delta_MN is None else _leaks(master_delta_MN, directions, entry.constraint)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, KeysView
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, one_line
+from lorica.json_file import read_json
 from lorica.subspace.plan import Plan
 
 TRANSPOSED_FAMILIES = {"gpt2"}
@@ -101,7 +101,7 @@ class FolderWeights(Weights):
             try:
                 handle = safe_open(str(file), framework="pt")
             except (SafetensorError, OSError) as error:
-                raise LoricaError(f"{file}: not a readable safetensors file: {error}") from error
+                raise LoricaError(f"{file}: not a readable safetensors file: {one_line(error)}") from error
             self._files.update(dict.fromkeys(handle.keys(), handle))
         config = _json(path / "config.json") if path.is_dir() else {}
         self.family = str(config.get("model_type", "unknown"))
@@ -126,7 +126,7 @@ class FolderWeights(Weights):
         try:
             return Plan.from_records(rows, self.family) if rows else None
         except (ValidationError, AttributeError, TypeError) as error:
-            raise LoricaError(f"{record}: field 'plan' is not a plan: {error}") from error
+            raise LoricaError(f"{record}: field 'plan' is not a plan: {one_line(error)}") from error
 
     def __str__(self) -> str:
         return str(self.path)
@@ -203,10 +203,5 @@ def _nothing_in(path: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise LoricaError(f"{path}: not readable as JSON: {error}") from error
+    data = read_json(path, "JSON file") if path.exists() else {}
     return data if isinstance(data, dict) else {}

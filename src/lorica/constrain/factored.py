@@ -5,6 +5,8 @@ Shape suffixes: M output rows, N input columns, K protected directions, R = min(
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from lorica.constrain.linear import matrix_of
 from lorica.subspace.linalg import split
 from lorica.subspace.sources import Protected
+
+START = ("u_high", "v_high", "u_low", "s_low", "v_low", "high_MN")
 
 
 class FactoredLinear(nn.Module):
@@ -25,25 +29,27 @@ class FactoredLinear(nn.Module):
     Args:
         plain: ``nn.Linear`` or GPT-2's ``Conv1D``, float32 or float64; its bias is shared.
         k: protected directions, 0 to min(M, N).
+        start: of an interrupted run that this one goes on with; nothing is split then.
 
     Attributes:
+        start: the tensors that it began with, which training leaves alone.
         protected: U_high (M x K) and V_high (N x K).
     """
 
     high_MN: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, plain: nn.Module, k: int) -> None:
+    def __init__(self, plain: nn.Module, k: int, start: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         weight_MN = matrix_of(plain).detach()
-        parts = split(weight_MN, min(weight_MN.shape), method="svd")
         self._plain = (plain,)  # in a tuple: not a submodule
         self.out_features, self.in_features = weight_MN.shape
-        self.protected = Protected(parts.u_MK[:, :k].to(weight_MN), parts.v_NK[:, :k].to(weight_MN))
-        low = (parts.u_MK[:, k:], parts.sigma_S[k:], parts.v_NK[:, k:])
-        self.u_low, self.s_low, self.v_low = (nn.Parameter(part.to(weight_MN, copy=True)) for part in low)
-        # What the rounded factors leave, so that the layer starts at the weight that came in to one rounding.
-        self.register_buffer("high_MN", (weight_MN.double() - self._low_MN()).to(weight_MN), persistent=False)
+        self.start = factors(weight_MN, k) if start is None else {name: start[name].to(weight_MN) for name in START}
+        self.protected = Protected(self.start["u_high"], self.start["v_high"])
+        self.u_low, self.s_low, self.v_low = (
+            nn.Parameter(self.start[name].clone()) for name in ("u_low", "s_low", "v_low")
+        )
+        self.register_buffer("high_MN", self.start["high_MN"], persistent=False)
         self.register_parameter("bias", plain._parameters.get("bias"))
         self.train(plain.training)
 
@@ -64,7 +70,7 @@ class FactoredLinear(nn.Module):
 
     @torch.no_grad()
     def _low_MN(self) -> Tensor:
-        return (self.u_low.double() * self.s_low.double()) @ self.v_low.double().T
+        return product(self.u_low, self.s_low, self.v_low)
 
     @torch.no_grad()
     def unwrap(self) -> nn.Module:
@@ -80,3 +86,22 @@ class FactoredLinear(nn.Module):
     def extra_repr(self) -> str:
         k = self.protected.u_MA.shape[1]
         return f"in_features={self.in_features}, out_features={self.out_features}, protected={k}"
+
+
+def factors(weight_MN: Tensor, k: int) -> dict[str, Tensor]:
+    """Return the tensors named in ``START``: the singular triplets above and below k, and W less the lower ones.
+
+    All are in the dtype of the weight and laid out in rows. The difference is that to the rounded factors, so that
+    a layer starts at the weight that came in to one rounding.
+    """
+    parts = split(weight_MN, min(weight_MN.shape), method="svd")
+    u_MS, sigma_S, v_NS = (part.to(weight_MN) for part in (parts.u_MK, parts.sigma_S, parts.v_NK))
+    low = (u_MS[:, k:], sigma_S[k:], v_NS[:, k:])
+    high_MN = (weight_MN.double() - product(*low)).to(weight_MN)
+    named = zip(START, (u_MS[:, :k], v_NS[:, :k], *low, high_MN), strict=True)
+    return {name: part.contiguous() for name, part in named}
+
+
+def product(u_MR: Tensor, s_R: Tensor, v_NR: Tensor) -> Tensor:
+    """Return ``U diag(s) V^T`` in float64."""
+    return (u_MR.double() * s_R.double()) @ v_NR.double().T

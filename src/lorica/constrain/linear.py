@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any, NamedTuple, Self
 
@@ -154,6 +155,11 @@ class SubspaceLayer(nn.Module):
         weight: Tensor = self.weight  # type: ignore[assignment]
         return weight.T if self.transposed else weight
 
+    @property
+    def exact_bases(self) -> tuple[Basis, Basis]:
+        """Q_U and Q_V as the fold takes them."""
+        return self._exact or (self.out_basis, self.in_basis)
+
     def delta(self) -> Tensor:
         """Return ``Q_U M Q_V^T`` (out x in), the change since ``protect``, in the dtype of the core.
 
@@ -184,7 +190,8 @@ class SubspaceLayer(nn.Module):
                 f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after"
             )
         origin = self._origin()
-        torch.add(self._lifted(origin), origin, out=self.matrix)
+        with _full_precision(origin.device.type):
+            torch.add(self._lifted(origin), origin, out=self.matrix)
         self._folded = Core.state_of(self.core)
         _owners[id(self.core)] = self  # it may have been replaced
 
@@ -242,6 +249,12 @@ def matrix_of(module: nn.Module) -> Tensor:
     """Return a layer's weight as (out, in), whatever its layout."""
     weight = module.get_parameter("weight")
     return weight.T if WRAPPERS[type(module)].transposed else weight
+
+
+def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
+    """Keep mixed precision out: a fold may be asked for by a forward pass under it, and a bfloat16 one would leak."""
+    known = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:

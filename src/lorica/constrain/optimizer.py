@@ -7,13 +7,14 @@ gradient lies in. So the weights themselves are put back after each step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import WRAPPERS, matrix_of
 from lorica.constrain.protect import fitting_targets, freeze_all_but
 from lorica.errors import LoricaError
@@ -62,10 +63,24 @@ class Block:
         arXiv 2504.07097, the projected gradient as the paper writes it.
     """
 
-    def __init__(self, weight_MN: Tensor, u_MK: Tensor, v_NK: Tensor, *, transposed: bool = False) -> None:
-        self.u, self.v = u_MK.to(weight_MN.dtype), v_NK.to(weight_MN.dtype)
-        self.block_KK = (u_MK.T @ weight_MN.double() @ v_NK).to(weight_MN.dtype)
+    def __init__(
+        self,
+        weight_MN: Tensor,
+        u_MK: Tensor,
+        v_NK: Tensor,
+        *,
+        block_KK: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
+        if block_KK is None:
+            block_KK = u_MK.T @ weight_MN.double() @ v_NK
+        # In rows, so that products of them are to the last bit those of the same tensors read from a file.
+        self.u, self.v, self.block_KK = (part.to(weight_MN).contiguous() for part in (u_MK, v_NK, block_KK))
         self.transposed = transposed
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors that it is made of, by name."""
+        return {"u_MK": self.u, "v_NK": self.v, "block_KK": self.block_KK}
 
     def project(self, gradient: Tensor) -> Tensor:
         return gradient - self._lift(self._block(gradient))
@@ -81,10 +96,15 @@ class Block:
         return lifted.T if self.transposed else lifted
 
 
-def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, WeightConstraint]:
+def block_constraints(
+    model: nn.Module, plan: Plan, kept: KeptBases | None = None
+) -> dict[nn.Parameter, WeightConstraint]:
     """Return the ``block`` constraint of each planned weight, and freeze everything the plan does not train.
 
     Give the result to :class:`ConstrainedOptimizer`; entries that protect nothing train plainly and have none.
+
+    Args:
+        kept: the constraints' parts, of an interrupted run that this one goes on with; nothing is split then.
 
     Raises:
         LoricaError: the plan does not fit the model, holds another constraint, or a weight is narrower than
@@ -101,9 +121,13 @@ def block_constraints(model: nn.Module, plan: Plan) -> dict[nn.Parameter, Weight
         if weight_MN.dtype not in (torch.float32, torch.float64):
             raise LoricaError(f"{entry.name} is {weight_MN.dtype}; constraint 'block' needs float32 weights")
         if any(entry.protected):
-            u_MK, v_NK = protected_directions(weight_MN, entry, learned=plan.learned(entry.name), store=store)
+            if kept is None:
+                sides = protected_directions(weight_MN, entry, learned=plan.learned(entry.name), store=store)
+                parts = {"u_MK": sides.u_MA, "v_NK": sides.v_NB}
+            else:
+                parts = {name: kept.tensor(f"{entry.name}.{name}") for name in ("u_MK", "v_NK", "block_KK")}
             transposed = WRAPPERS[type(module)].transposed
-            constraints[module.get_parameter("weight")] = Block(weight_MN, u_MK, v_NK, transposed=transposed)
+            constraints[module.get_parameter("weight")] = Block(weight_MN, **parts, transposed=transposed)
     freeze_all_but(model, plan, [targets[name].get_parameter("weight") for name in plan.names()])
     return constraints
 
@@ -133,10 +157,28 @@ class DelegatingOptimizer(Optimizer):
         self.inner.load_state_dict(state_dict)
 
 
+def fingerprints(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return two numbers for each tensor of which one differs as soon as one of its entries does.
+
+    They are the sum of the entries' bits and, bit for bit too, the norm in float64: what leaves one of them as it was
+    by chance does not leave the other. They take reading the tensors, not a copy of them.
+    """
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = [tensor.detach().view(whole[tensor.element_size()]).sum() for tensor in tensors]
+    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).view(torch.int64) for tensor in tensors]
+    return list(zip(_numbers(bits), _numbers(norms), strict=True))
+
+
+def _numbers(scalars: Sequence[Tensor]) -> list[int]:
+    found: list[int] = torch.stack(list(scalars)).tolist() if scalars else []
+    return found
+
+
 class ConstrainedOptimizer(DelegatingOptimizer):
     """Any optimizer whose weights stay on their constraints: project, clip, step, put back.
 
-    Nothing constrained = the inner optimizer, bitwise.
+    Nothing constrained = the inner optimizer, bitwise. A weight that the step leaves as it was is left so: putting it
+    back would still change its last bits.
 
     Args:
         inner: the optimizer that steps. It is hooked, so do not go on using it unconstrained.
@@ -163,8 +205,22 @@ class ConstrainedOptimizer(DelegatingOptimizer):
         self.constraints = dict(constraints)
         self.joint = joint
         self.max_grad_norm = max_grad_norm
-        inner.register_step_pre_hook(lambda *_: self.project_gradients())
-        inner.register_step_post_hook(lambda *_: self.retract_weights())
+        self._before: list[tuple[int, int]] = []
+        inner.register_step_pre_hook(lambda *_: self._before_step())
+        inner.register_step_post_hook(lambda *_: self._after_step())
+
+    @property
+    def constrained(self) -> list[nn.Parameter]:
+        """The weights that a constraint holds."""
+        return [*self.constraints, *(self.joint.parameters if self.joint else ())]
+
+    def _before_step(self) -> None:
+        self._before = fingerprints(self.constrained)
+        self.project_gradients()
+
+    def _after_step(self) -> None:
+        now = zip(self.constrained, fingerprints(self.constrained), self._before, strict=True)
+        self.retract_weights({parameter for parameter, after, before in now if after != before})
 
     @torch.no_grad()
     def project_gradients(self) -> None:
@@ -190,11 +246,12 @@ class ConstrainedOptimizer(DelegatingOptimizer):
             gradient.copy_(kept)
 
     @torch.no_grad()
-    def retract_weights(self) -> None:
-        """Put each weight back on its constraint. Runs by itself after each step."""
+    def retract_weights(self, moved: Container[nn.Parameter]) -> None:
+        """Put each weight that has moved back on its constraint. Runs by itself after each step."""
         for parameter, constraint in self.constraints.items():
-            parameter.copy_(constraint.retract(parameter))
-        if self.joint is not None:
+            if parameter in moved:
+                parameter.copy_(constraint.retract(parameter))
+        if self.joint is not None and any(parameter in moved for parameter in self.joint.parameters):
             for parameter, weight in zip(self.joint.parameters, self.joint.retract(self.joint.parameters), strict=True):
                 parameter.copy_(weight)
 

@@ -46,11 +46,21 @@ def files_of(model: nn.Module) -> Weights | None:
         return None
 
 
-def lean(weight: Tensor, bases: tuple[Basis, Basis], files: Weights | None, key: str) -> Aside:
-    """Set a weight aside, and with a weight of 16 bits its float32 bases. Arguments as for ``set_aside``."""
-    narrow = weight.dtype in (torch.bfloat16, torch.float16)
-    out, inp = (basis.mapped(lambda kept: set_aside(kept, None, "")) if narrow else basis for basis in bases)
-    return Aside(set_aside(weight, files, key), (out, inp) if narrow else None)
+def lean(
+    weight: Tensor, bases: tuple[Basis, Basis], files: Weights | None, key: str, asides: dict[Basis, Basis]
+) -> Aside:
+    """Set a weight aside, and with a weight of 16 bits its float32 bases. Other arguments as for ``set_aside``.
+
+    Args:
+        asides: of the bases so far; one that several layers share is set aside once, before it is narrowed for them.
+    """
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return Aside(set_aside(weight, files, key), None)
+    for basis in bases:
+        if basis not in asides:
+            asides[basis] = basis.mapped(lambda kept: set_aside(kept, None, ""))
+    out, inp = (asides[basis] for basis in bases)
+    return Aside(set_aside(weight, files, key), (out, inp))
 
 
 def set_aside(weight: Tensor, files: Weights | None, key: str) -> Tensor:

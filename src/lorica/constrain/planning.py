@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorica.constrain.linear import matrix_of
@@ -95,6 +96,7 @@ def plan(
             f"{_given(calibration)} has no effect with source {source!r} and ranks {ranks!r}; leave it out"
         )
     if ranks == "importance" or source in MEASURED:
+        _check_numbers(model)
         needed_by = f"source {source!r}" if source in MEASURED else f"ranks {ranks!r}"
         batches = _batches(model, calibration, needed_by)
         observed = observe(model, targets, batches, moments=source in MEASURED)
@@ -162,6 +164,13 @@ def _check_choices(*, ranks: str, source: str, constraint: str) -> None:
         raise LoricaError(f"source 'hybrid' is for constraint 'input' or 'two-sided'; {constraint!r} needs 'weight'")
     if source in MEASURED and ranks in ("energy", "effective-rank"):
         raise LoricaError(f"ranks {ranks!r} reads the weight's spectrum; with source {source!r} use 'uniform'")
+
+
+def _check_numbers(model: nn.Module) -> None:
+    """Refuse a model that computes no numbers, and say which weight it is."""
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not bool(torch.stack(parameter.detach().aminmax()).isfinite().all()):
+            raise LoricaError(f"{name} holds NaN or inf; nothing can be calibrated on such a model")
 
 
 def _given(calibration: Iterable[Batch] | str) -> str:

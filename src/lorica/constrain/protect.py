@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorica.constrain.bases import WIDE, Bases
+from lorica.constrain.bases import SIDES, WIDE, Bases
+from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer, matrix_of
 from lorica.constrain.origin import check_memory_mode, files_of, lean
 from lorica.constrain.targets import check_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
+from lorica.subspace.basis import Basis
+from lorica.subspace.linalg import complement
 from lorica.subspace.plan import Plan
+from lorica.subspace.sources import Protected
 
 _RECORD = "_lorica_protection"
 
@@ -23,6 +28,7 @@ def protect(
     *,
     memory: str = "fast",
     progress: Callable[[str, int, int], None] | None = None,
+    kept: KeptBases | None = None,
 ) -> nn.Module:
     """Constrain the planned weights in place; from here on any training leaves the protected directions alone.
 
@@ -41,6 +47,7 @@ def protect(
             on the host, or where the weight itself is there in a memory map of the file it was loaded from; the
             long-side basis read off the weight. The same constraint, slower steps.
         progress: called as ``progress(name, done, total)`` after each weight's split.
+        kept: the bases of an interrupted run that this one goes on with; nothing is split then.
 
     Returns:
         The same model.
@@ -48,13 +55,15 @@ def protect(
     Raises:
         LoricaError: the plan is empty, does not fit the model or asks for ``block`` (held by the optimizer, not
             by the model: see ``lorica.ConstrainedOptimizer``), ``train_also`` is no pattern or matches nothing,
-            ``memory`` is unknown, or a weight holds NaN or inf. The model is then untouched.
+            ``memory`` is unknown, a weight holds NaN or inf, or ``kept`` is of another model. The model is then
+            untouched.
     """
     check_memory_mode(memory)
     targets = fitting_targets(model, plan)
     _also_trained(model, plan)
-    bases, files = Bases(plan, memory), files_of(model)
+    bases, files = Bases(plan, memory, kept), files_of(model)
     wrapped: dict[str, SubspaceLayer] = {}
+    asides: dict[Basis, Basis] = {}
     for done, entry in enumerate(plan.entries, start=1):
         if entry.constraint == "block":
             raise LoricaError(
@@ -66,7 +75,7 @@ def protect(
             sides = bases.of(entry, matrix_of(module).detach())
             aside = None
             if memory == "lean":
-                aside = lean(module.weight.detach(), sides, files, f"{entry.name}.weight")
+                aside = lean(module.weight.detach(), sides, files, f"{entry.name}.weight", asides)
             wrapped[entry.name] = WRAPPERS[type(module)].wrap(module, *sides, aside)
         if progress:
             progress(entry.name, done, len(plan))
@@ -148,6 +157,26 @@ def release(model: nn.Module) -> nn.Module:
 def protected_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
     """Return the protected layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SubspaceLayer)}
+
+
+def bases_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the bases of all protected layers, as exact as they are held, by the names that ``kept`` looks for."""
+    return {
+        f"{name}.{side}.{leaf}": tensor
+        for name, layer in protected_layers(model).items()
+        for side, basis in zip(SIDES, layer.exact_bases, strict=True)
+        for leaf, tensor in basis.named_buffers()
+    }
+
+
+def protected_of(layer: SubspaceLayer) -> Protected:
+    """Return the directions that a layer's bases leave out, which is what was protected when they were made."""
+    u_MA, v_NB = (
+        complement(basis.matrix().double().to(layer.matrix.device)) if basis.free < basis.dim
+        else layer.matrix.new_zeros(basis.dim, 0, dtype=torch.float64)
+        for basis in layer.exact_bases
+    )  # fmt: skip
+    return Protected(u_MA, v_NB)
 
 
 def plan_of(model: nn.Module) -> Plan | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
-
-import jinja2
 
 from lorica.data.example import Chat, Message, Pair, Span
 from lorica.errors import LoricaError
@@ -30,7 +30,7 @@ def render_chat(tokenizer: Any, messages: Sequence[Message], where: str, ask: bo
     """Return the text of a conversation; ``ask`` adds the header after which the assistant would write."""
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-    except (jinja2.TemplateError, ValueError, TypeError) as error:
+    except Exception as error:  # a template comes with the model: in its sandbox it may still raise anything
         raise LoricaError(f"{where}: the chat template refuses this conversation: {error}") from None
     return str(text)
 
@@ -74,6 +74,12 @@ def template_mask(tokenizer: Any, chat: Chat) -> tuple[list[int], list[bool]]:
         list(chat.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+
+
+def marked_spans(places: Sequence[Span], marks: Sequence[bool]) -> list[Span]:
+    """Return the characters (start, end) of each run of marked tokens."""
+    runs = (list(run) for mark, run in groupby(zip(places, marks, strict=True), key=itemgetter(1)) if mark)
+    return [(run[0][0][0], run[-1][0][1]) for run in runs]
 
 
 def plain_layout(chat: Chat) -> Pair:

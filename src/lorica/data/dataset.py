@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -43,8 +44,8 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
             "format": report.format,
             "sha256": report.sha256,
             "rows_read": report.rows_read,
-            "rejected": len(report.rejected),
-            "reasons": report.reasons,
+            "rejected": report.rejected,
+            "reasons": dict(report.reasons.most_common()),
             "empty_prompts": report.empty_prompts,
             "duplicates": report.duplicates,
             "left_out": report.left_out,
@@ -57,6 +58,10 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return self.examples[index].features
+
+    def where(self, index: int) -> str:
+        """Return the file and line of a row."""
+        return self.examples[index].where
 
     def subset(self, indices: Sequence[int]) -> EncodedDataset:
         """Return some of the rows, in the order given; the summary counts what is trained in them."""
@@ -138,6 +143,16 @@ def load(
     )
     kind: Kind = "seq2seq" if seq2seq else "causal"
     return EncodedDataset(rows, report, counts, render(rows[0], tokenizer, kind), kind)
+
+
+def shared_rows(train: EncodedDataset, scored: EncodedDataset) -> int:
+    """Return how many of the scored rows are, as a model sees them, also trained on."""
+    known = {_content(row) for row in train.examples}
+    return sum(_content(row) in known for row in scored.examples)
+
+
+def _content(row: Encoded) -> bytes:
+    return hashlib.sha256(repr((row.input_ids, row.labels)).encode()).digest()[:16]
 
 
 def render(example: Encoded, tokenizer: Any, kind: Kind = "causal") -> str:

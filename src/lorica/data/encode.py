@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from lorica.data.encoder import Encoded, Encoder
-from lorica.data.example import IGNORED_LABEL, Example, user_texts
+from lorica.data.example import IGNORED_LABEL, Example, Text, user_texts
 from lorica.errors import LoricaError, did_you_mean
 
 TruncationPolicy = Literal["truncate", "drop", "error"]
@@ -15,7 +15,7 @@ TruncationPolicy = Literal["truncate", "drop", "error"]
 
 @dataclass
 class EncodeSummary:
-    """Counts of one `encode` call: ``rows = kept + dropped + prompt_fills_context``.
+    """Counts of one `encode` call: ``rows = kept + dropped + prompt_fills_context + nothing_to_train``.
 
     ``truncated`` rows and ``shortened`` ones (the elastic part of the prompt alone was cut) are among the kept.
     ``tokens`` counts ``input_ids`` (encoder-decoder: labels too), ``trained_tokens`` those with a loss. ``loss`` names
@@ -28,6 +28,7 @@ class EncodeSummary:
     shortened: int = 0
     dropped: int = 0
     prompt_fills_context: int = 0
+    nothing_to_train: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     control_token_rows: int = 0
@@ -53,6 +54,9 @@ def encode(
     A prompt and its completion are encoded apart and joined, with nothing between them; EOS follows every text,
     completion and conversation that was not cut at its end, and is trained wherever its answer is.
 
+    Control tokens that stand in prompts, completions and the contents of messages are read as plain characters, so that
+    no author can open a turn; in `text`, which may hold conversations that are rendered already, they act as such.
+
     Args:
         examples: of one format.
         max_length: in tokens, of a whole row; encoder-decoder: of the source and of the target.
@@ -72,10 +76,12 @@ def encode(
     """
     _check_options(max_length, truncation_policy)
     encoder = Encoder(tokenizer, max_length, completion_only_loss, assistant_only_loss, seq2seq, max_prompt_length)
-    summary, kept, too_long = EncodeSummary(), [], []
+    summary, kept, too_long, flagged = EncodeSummary(), [], [], None
     for example in examples:
         summary.rows += 1
-        summary.control_token_rows += any(map(encoder.codec.has_control_token, user_texts(example)))
+        if any(map(encoder.codec.has_control_token, user_texts(example))):
+            summary.control_token_rows += 1
+            flagged = flagged or example
         draft = encoder.draft(example)
         if long := encoder.is_long(draft):
             too_long.append(f"  {draft.where}: {len(draft.ids)} tokens")
@@ -84,7 +90,8 @@ def encode(
             continue
         row = encoder.finish(draft)
         if not (trained := count_trained(row.labels, seq2seq)):
-            summary.prompt_fills_context += 1
+            summary.prompt_fills_context += long
+            summary.nothing_to_train += not long
             continue
         summary.truncated += long
         summary.shortened += draft.shortened
@@ -93,7 +100,7 @@ def encode(
         kept.append(row)
     summary.kept, summary.loss = len(kept), encoder.loss
     _check_outcome(summary, too_long, max_length, truncation_policy)
-    summary.notices = _notices(summary, kept, encoder)
+    summary.notices = _notices(summary, kept, encoder, flagged)
     return kept, summary
 
 
@@ -118,23 +125,33 @@ def _check_outcome(summary: EncodeSummary, too_long: list[str], max_length: int,
             + "\nRaise max_length, or set truncation_policy to 'truncate' or 'drop'."
         )
     if not summary.kept:
+        rest = f", {summary.nothing_to_train} have nothing to train" if summary.nothing_to_train else ""
         raise LoricaError(
             f"no row is left to train on: of {summary.rows} rows {summary.dropped} are longer than "
-            f"max_length={max_length} and were dropped, {summary.prompt_fills_context} have a prompt that fills it; "
-            "raise max_length."
+            f"max_length={max_length} and were dropped, {summary.prompt_fills_context} have a prompt that fills it"
+            f"{rest}; raise max_length, or correct the rows."
         )
 
 
-def _notices(summary: EncodeSummary, kept: list[Encoded], encoder: Encoder) -> list[str]:
+def _notices(summary: EncodeSummary, kept: list[Encoded], encoder: Encoder, flagged: Example | None) -> list[str]:
     counts = {
         "were truncated": summary.truncated,
         "had the text in their prompt shortened": summary.shortened,
         "were dropped as too long": summary.dropped,
         "have a prompt that fills max_length and are not trained": summary.prompt_fills_context,
-        "contain the tokenizer's control tokens as text: plain characters in prompts and completions, "
-        "control tokens in text and conversations": summary.control_token_rows,
+        "have nothing to train": summary.nothing_to_train,
     }
     notices = [f"{count} of {summary.rows} rows {what}" for what, count in counts.items() if count]
+    if flagged is not None:
+        meaning = "they act as such" if isinstance(flagged, Text) else "they are read as plain characters"
+        notices.append(
+            f"{summary.control_token_rows} of {summary.rows} rows contain the tokenizer's control tokens as text, "
+            f"{flagged.where} first: {meaning}"
+        )
     if not any(encoder.codec.eos in row.labels for row in kept):
         notices.append("no row trains the end-of-sequence token: the model will not learn where to stop")
+    if getattr(encoder.tokenizer, "pad_token_id", None) == encoder.codec.eos:
+        notices.append(
+            "padding is the end-of-sequence token: told apart by its place, so the end of rows stays trained"
+        )
     return notices

@@ -7,7 +7,8 @@ from typing import Any, assert_never
 
 from lorica.data import chat as chats
 from lorica.data.cutting import cut_left, shorten
-from lorica.data.example import IGNORED_LABEL, Chat, Example, Pair, Text, Tokens
+from lorica.data.example import IGNORED_LABEL, Chat, Example, Pair, Span, Text, Tokens
+from lorica.data.shield import Shield
 from lorica.data.tokens import Codec
 from lorica.errors import LoricaError
 
@@ -207,24 +208,30 @@ class Encoder:
 
     def _chat(self, example: Chat) -> Draft:
         chats.require_template(self.tokenizer, example.where)
-        ids, trained, boundary = self._chat_mask(example)
+        shield = Shield.of(example, self.codec)
+        ids, trained, boundary = self._chat_mask(shield)
         ends_with_answer = example.messages[-1]["role"] == "assistant"
         self._close(ids, trained, ends_with_answer or self.loss == "whole sequence")
         labels = [token if mark else IGNORED_LABEL for token, mark in zip(ids, trained, strict=True)]
         head = int(ids[:1] == [self.tokenizer.bos_token_id])
         draft = Draft(example.where, ids, labels, boundary, head)
         if ends_with_answer:
-            asked = chats.render_chat(self.tokenizer, example.messages[:-1], example.where, ask=True)
-            draft.prompt_ids, draft.answer = self.codec.markup(asked), example.messages[-1]["content"]
+            draft.prompt_ids, draft.answer = self._asked(shield), example.messages[-1]["content"]
         return draft
 
-    def _chat_mask(self, example: Chat) -> tuple[list[int], list[bool], int | None]:
+    def _asked(self, shield: Shield) -> list[int]:
+        """Return the ids of a conversation up to its last answer."""
+        messages, where = shield.chat.messages[:-1], shield.chat.where
+        return shield.ids(chats.render_chat(self.tokenizer, messages, where, ask=True))
+
+    def _chat_mask(self, shield: Shield) -> tuple[list[int], list[bool], int | None]:
         """Return a conversation's ids, which of them are trained, and where its completion starts."""
+        example = shield.chat
         whole = chats.render_chat(self.tokenizer, example.messages, example.where)
         if self.loss == "whole sequence":
-            ids = self.codec.markup(whole)
+            ids = shield.ids(whole)
             return ids, [True] * len(ids), None
-        ids, places = self.codec.spans(whole)
+        ids, places = shield.spans(whole)
         boundary, turns = None, example.prompt_turns
         if turns is not None:
             start = chats.prefix_length(self.tokenizer, example, whole, turns, ask=True)
@@ -233,16 +240,26 @@ class Encoder:
             trained = [i >= (boundary or 0) for i in range(len(ids))]
         else:
             first = (boundary or 0) if self.loss.endswith("completion") else 0
-            trained = [mark and i >= first for i, mark in enumerate(self._answer_mask(example, whole, ids, places))]
+            trained = [mark and i >= first for i, mark in enumerate(self._answer_mask(shield, whole, ids, places))]
         return ids, trained, boundary
 
-    def _answer_mask(self, example: Chat, whole: str, ids: list[int], places: list[tuple[int, int]]) -> list[bool]:
+    def _answer_mask(self, shield: Shield, whole: str, ids: list[int], places: list[Span]) -> list[bool]:
+        spans = None
         if chats.marks_answers(self.tokenizer):
-            marked_ids, marks = chats.template_mask(self.tokenizer, example)
+            marked_ids, marks = chats.template_mask(self.tokenizer, shield.chat)
             if marked_ids == ids:
                 return marks
-        spans = chats.answer_spans(self.tokenizer, example, whole)
+            spans = self._marked_spans(shield, whole, marked_ids, marks)
+        if spans is None:
+            spans = chats.answer_spans(self.tokenizer, shield.chat, whole)
         return [any(start < end and left < stop for left, end in spans) for start, stop in places]
+
+    def _marked_spans(self, shield: Shield, whole: str, marked_ids: list[int], marks: list[bool]) -> list[Span] | None:
+        """Return the characters that a template marked, of a conversation with stand-ins; None: it cannot be told."""
+        if not shield.covered:
+            return None
+        bare_ids, places = self.codec.spans(whole)
+        return chats.marked_spans(places, marks) if marked_ids == bare_ids else None
 
     def _close(self, ids: list[int], trained: list[bool], train: bool) -> None:
         """Have the sequence end with EOS; the template's own counts, also with blanks behind it."""
@@ -261,8 +278,7 @@ class Encoder:
                 prompt, answer = codec.plain(example.prompt), example.completion
             case Chat() if example.messages[-1]["role"] == "assistant":
                 chats.require_template(self.tokenizer, example.where)
-                asked = chats.render_chat(self.tokenizer, example.messages[:-1], example.where, ask=True)
-                prompt, answer = codec.markup(asked), example.messages[-1]["content"]
+                prompt, answer = self._asked(Shield.of(example, codec)), example.messages[-1]["content"]
             case _:
                 raise LoricaError(
                     f"{example.where}: an encoder-decoder model needs a source and a target, and this row has no "

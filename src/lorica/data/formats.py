@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any
 
 from lorica.data.example import IGNORED_LABEL, Chat, Example, Message, Pair, Text, Tokens
-from lorica.data.jsonl import type_name
 from lorica.data.record import RowError
+from lorica.data.strict_json import type_name
 
 Row = dict[str, Any]
 

@@ -6,19 +6,20 @@ choices. Answers and choices start with the blank that stands behind the prompt'
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorica.data.csv_rows import csv_records
 from lorica.data.example import Pair
 from lorica.data.formats import Format
 from lorica.data.jsonl import json_records
-from lorica.data.reader import FileSource, Records, csv_records
+from lorica.data.reader import FileSource, Records
 from lorica.data.record import Record, Rejected, RowError
 from lorica.errors import LoricaError
+from lorica.json_file import read_json
 from lorica.registry import Registry
 
 Row = dict[str, Any]
@@ -97,6 +98,13 @@ def _needed(path: Path, what: str) -> Path:
     return path
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoricaError(f"{path}: cannot read it: {error}.") from error
+
+
 def _text(row: Row, name: str) -> str:
     if not isinstance(row.get(name), str) or not row[name].strip():
         raise RowError("missing field", f"{name!r} is missing, blank or no text")
@@ -169,8 +177,11 @@ def _gsm8k_shots(path: Path) -> Records:
     for record in json_records(_gsm8k_train(path)):
         if isinstance(record, Rejected):
             raise LoricaError(str(record))
-        solution = _CALCULATION.sub("", _text(record.value, "answer"))
-        solved.append(f"{_gsm8k_question(record.value)} {solution}\n\n")
+        try:
+            solution = _CALCULATION.sub("", _text(record.value, "answer"))
+            solved.append(f"{_gsm8k_question(record.value)} {solution}\n\n")
+        except RowError as error:
+            raise LoricaError(f"{record.where}: {error}") from None
         if len(solved) == GSM8K_SHOTS:
             break
     shots = "".join(solved)
@@ -196,7 +207,7 @@ def _bbh(path: Path) -> Records:
     Source: Suzgun et al. 2022, arXiv 2210.09261.
     """
     # The prompt file starts with a canary for crawlers, parted from the prompt by a line of dashes.
-    _, _, shots = _bbh_prompt(path).read_text(encoding="utf-8").partition("-----\n")
+    _, _, shots = _read_text(_bbh_prompt(path)).partition("-----\n")
     if not shots.strip():
         raise LoricaError(f"{_bbh_prompt(path)}: no prompt behind a line of five dashes.")
 
@@ -212,12 +223,10 @@ def _bbh_prompt(path: Path) -> Path:
 
 
 def _json(path: Path, field: str) -> list[Row]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))[field]
-    except (ValueError, KeyError, TypeError) as error:
-        raise LoricaError(f"{path}: not a JSON object with a list {field!r}: {error!r}.") from None
+    data = read_json(path, "JSON file")
+    rows = data.get(field) if isinstance(data, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise LoricaError(f"{path}: {field!r} is no list of objects.")
+        raise LoricaError(f"{path}: not a JSON object with a list {field!r} of objects.")
     return rows
 
 
@@ -233,7 +242,7 @@ LAYOUTS.register("bbh")(Layout(_bbh, lambda path: [path, _bbh_prompt(path)], "*.
 
 def _piqa(path: Path) -> Records:
     """A goal and its two solutions. Source: Bisk et al. 2020, arXiv 1911.11641."""
-    labels = _piqa_labels(path).read_text(encoding="utf-8").split()
+    labels = _read_text(_piqa_labels(path)).split()
     records = list(json_records(path))
     if len(labels) != len(records) or set(labels) - {"0", "1"}:
         raise LoricaError(f"{_piqa_labels(path)}: one 0 or 1 for each of the {len(records)} rows of {path} is needed.")

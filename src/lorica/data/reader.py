@@ -2,85 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lorica.data.jsonl import MAX_LINE_BYTES, Line, json_records, read_lines
-from lorica.data.record import Record, Rejected, RowError
-from lorica.errors import LoricaError
+from lorica.data.csv_rows import csv_records
+from lorica.data.jsonl import json_records
+from lorica.data.record import Record, Rejected, row_json
+from lorica.errors import LoricaError, one_line
+from lorica.hub import commit_of
 
 Records = Iterator[Record | Rejected]
-
-
-def csv_records(path: Path) -> Records:
-    """Yield the rows of a comma-separated file with a header line; every value is a string.
-
-    Raises:
-        LoricaError: no header, or a column named twice.
-    """
-    pending: list[Line] = []
-    # The limit belongs to the whole process: it is put back.
-    old_limit = csv.field_size_limit(MAX_LINE_BYTES)
-    try:
-        reader = csv.reader(_csv_text(path, pending), strict=True)
-        header = _csv_header(path, reader, pending)
-        while True:
-            pending.clear()
-            try:
-                cells = next(reader, None)
-                problem = None
-            except csv.Error as error:
-                cells, problem = [], RowError("malformed CSV", str(error))
-            if cells is None:
-                return
-            if cells or problem:
-                yield _csv_row(path, header, cells, list(pending), problem)
-    finally:
-        csv.field_size_limit(old_limit)
-
-
-def _csv_text(path: Path, pending: list[Line]) -> Iterator[str]:
-    """Feed the parser and note which lines it took, as one row may span several."""
-    for line in read_lines(path):
-        pending.append(line)
-        yield line.raw.decode("utf-8", errors="replace") + "\n"
-
-
-def _csv_header(path: Path, reader: Iterator[list[str]], pending: list[Line]) -> list[str]:
-    try:
-        header = next((cells for cells in reader if cells), [])
-        for line in pending:
-            line.text()
-    except (csv.Error, RowError) as error:
-        raise LoricaError(f"{path}:1: the header line cannot be read: {error}.") from None
-    if twice := sorted({name for name in header if header.count(name) > 1}):
-        raise LoricaError(f"{path}:1: the header names column {twice[0]!r} more than once; rename one of them.")
-    return header
-
-
-def _csv_row(
-    path: Path, header: list[str], cells: list[str], lines: list[Line], problem: RowError | None
-) -> Record | Rejected:
-    # Blank lines before the row are skipped by the parser one at a time, so the first line is the row's own.
-    raw = b"\n".join(line.raw for line in lines)
-    number = lines[0].number
-    try:
-        for line in lines:
-            line.text()
-        if problem:
-            raise problem
-        if len(cells) != len(header):
-            raise RowError("malformed CSV", f"{len(cells)} fields, the header has {len(header)}")
-        return Record(str(path), number, dict(zip(header, cells, strict=True)), raw)
-    except RowError as error:
-        return Rejected.of(str(path), number, raw[:MAX_LINE_BYTES], error)
 
 
 def parquet_records(path: Path) -> Records:
@@ -95,12 +31,8 @@ def parquet_records(path: Path) -> Records:
                 for value in batch.to_pylist():
                     number += 1
                     yield Record(str(path), number, value)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise LoricaError(f"{path}: not a readable parquet file ({error}); write it again.") from None
-
-
-def _row_json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", errors="backslashreplace")
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise LoricaError(f"{path}: not a readable parquet file ({one_line(error)}); write it again.") from None
 
 
 READERS: dict[str, Callable[[Path], Records]] = {
@@ -159,7 +91,7 @@ class HubSource:
         """Return the SHA-256 of the rows as JSON lines."""
         digest = hashlib.sha256()
         for value in self.dataset:
-            digest.update(_row_json(value) + b"\n")
+            digest.update(row_json(value) + b"\n")
         return digest.hexdigest()
 
 
@@ -168,7 +100,7 @@ def open_source(path: str | Path, split: str = "train", config_name: str | None 
 
     Args:
         path: a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, a folder with such files (not its
-            subfolders), or a Hub name such as ``owner/name``.
+            subfolders), or a Hub name such as ``owner/name``; ``owner/name@revision`` for a branch, tag or commit.
         split: the split of a Hub dataset.
         config_name: the configuration of a Hub dataset that has several.
 
@@ -183,9 +115,11 @@ def open_source(path: str | Path, split: str = "train", config_name: str | None 
             found = f"file type {local.suffix!r} is not known" if local.suffix else "the file has no type"
             raise LoricaError(f"{path}: {found}; use one of {', '.join(READERS)}.")
         return FileSource(str(path), (local,))
-    if local.suffix.lower() in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+    if local.suffix.lower() in READERS or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", str(path)):
         raise LoricaError(f"{path}: no such file or folder.{_neighbour(local)}")
-    return HubSource(str(path), _from_hub(str(path), split, config_name))
+    name, _, revision = str(path).partition("@")
+    commit = commit_of(name, revision or None, "dataset") or revision or None
+    return HubSource(f"{name}@{commit}" if commit else name, _from_hub(name, split, config_name, commit))
 
 
 def _folder_files(folder: Path) -> tuple[Path, ...]:
@@ -205,13 +139,13 @@ def _neighbour(path: Path) -> str:
     return f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
 
 
-def _from_hub(name: str, split: str, config_name: str | None) -> Any:
+def _from_hub(name: str, split: str, config_name: str | None, revision: str | None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config_name, split=split)
+        return datasets.load_dataset(name, config_name, split=split, revision=revision)
     except Exception as error:  # the Hub client raises many kinds; all mean that there is no data
-        reason = str(error).strip().split("\n")[0]
+        reason = one_line(str(error).strip().split("\n")[0])
         raise LoricaError(
             f"{name}: no such file or folder, and split {split!r} of a Hub dataset of that name "
             f"could not be loaded: {reason} ({type(error).__name__})."
@@ -219,5 +153,8 @@ def _from_hub(name: str, split: str, config_name: str | None) -> Any:
 
 
 def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise LoricaError(f"{path}: cannot read it: {error.strerror}.") from error

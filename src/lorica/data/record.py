@@ -7,14 +7,19 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from lorica.errors import one_line
+
+MAX_ROW_BYTES = 8 * 2**20
+"""A longer row is refused, whatever the file; so much of it is kept for ``rejected.jsonl``."""
+
 
 class RowError(Exception):
-    """Why one row cannot be used. ``kind`` is what is counted, ``detail`` what is particular to the row."""
+    """Why one row cannot be used. ``kind`` is what is counted, ``detail`` what is particular to the row, in a line."""
 
     def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(f"{kind}: {detail}")
         self.kind = kind
-        self.detail = detail
+        self.detail = one_line(detail)
+        super().__init__(f"{kind}: {self.detail}")
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,13 @@ class Record:
 
     def rejected(self, error: RowError) -> Rejected:
         """Return the row as one that is not used; its original is the file's bytes, or else its JSON."""
-        raw = self.raw
-        if raw is None:
-            raw = json.dumps(self.value, ensure_ascii=False, default=str).encode("utf-8")
+        raw = row_json(self.value)[:MAX_ROW_BYTES] if self.raw is None else self.raw
         return Rejected.of(self.path, self.line, raw, error)
+
+
+def row_json(value: Any) -> bytes:
+    """Return a row as JSON, whatever types its values have."""
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", errors="backslashreplace")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lorica.data.template import template_fields, template_problem
 
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-"""Unknown fields are errors; the string below a field is its description."""
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+"""Unknown fields are errors, as are numbers without end; the string below a field is its description."""
 
 
 class HubSource(BaseModel):

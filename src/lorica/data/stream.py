@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
-from lorica.data.scored import STRICT, Ability, Task
-from lorica.errors import LoricaError, did_you_mean
-from lorica.values import read_yaml
+from lorica.data.scored import STRICT, Ability, HubSource, Task
+from lorica.errors import LoricaError, did_you_mean, one_line
+from lorica.yaml_file import read_yaml
 
 
 class MethodSettings(BaseModel):
@@ -86,11 +87,12 @@ class TaskStream(BaseModel):
             raise ValueError("field tasks: a stream needs a task, or at least a held_out ability")
         trained = [task.name for task in self.tasks]
         names = trained + [ability.name for ability in self.held_out]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        if twice := next((name for name, count in Counter(names).items() if count > 1), None):
             raise ValueError(f"the name {twice!r} is given twice")
+        known = set(trained)
         for order, tasks in self.orders.items():
             for task in tasks:
-                if task not in trained:
+                if task not in known:
                     raise ValueError(f"order {order!r} names task {task!r}.{did_you_mean(task, trained)}")
             if len(set(tasks)) < len(tasks):
                 raise ValueError(f"order {order!r} names a task twice: {', '.join(tasks)}")
@@ -160,7 +162,11 @@ def read_stream(path: str | Path) -> TaskStream:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    reason = first["msg"].removeprefix("Value error, ")
+    found = error.errors()  # of a misspelt field both names are among them: the one that is there says more
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    where = one_line(".".join(map(str, first["loc"])))
+    if first["type"] == "extra_forbidden":
+        known = {name for kind in (TaskStream, Task, Ability, MethodSettings, HubSource) for name in kind.model_fields}
+        return f"unknown field {where}.{did_you_mean(str(first['loc'][-1]), sorted(known))}"
+    reason = one_line(first["msg"].removeprefix("Value error, "))
     return f"field {where}: {reason}" if where else reason

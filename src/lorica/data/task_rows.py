@@ -22,6 +22,7 @@ from lorica.data.stream import TaskStream
 from lorica.data.template import PairTemplate, fill
 from lorica.data.validate import Report, validate
 from lorica.errors import LoricaError, did_you_mean
+from lorica.hub import check_pinned, commit_of
 
 HUB_SEED = 0
 """Draws the rows of a hub data set, the same in every run: they are part of the task."""
@@ -38,6 +39,7 @@ def load_rows(
     labels: Sequence[str] = (),
     limit: int | None = None,
     seed: int = 0,
+    require_pinned: bool = False,
 ) -> EncodedDataset:
     """Return the rows of a task or an ability, ready for a model; ``summary["from_hub"]``: there was no file of them.
 
@@ -48,6 +50,7 @@ def load_rows(
         labels: a classifier's classes in the order of its outputs; by default the task's choices.
         limit: so many rows, drawn without replacement; all where there are no more.
         seed: of that draw.
+        require_pinned: take rows of the hub only where the stream names their whole commit.
 
     Raises:
         LoricaError: the rows are found neither as a file nor on the hub, a row does not fit its prompt, or a
@@ -58,7 +61,7 @@ def load_rows(
             raise LoricaError(
                 "give choices: a classifier needs to know its classes; or leave the task out with --tasks."
             )
-        report = _report(stream, scored, part, len(tokenizer), kind == "seq2seq")
+        report = _report(stream, scored, part, len(tokenizer), kind == "seq2seq", require_pinned)
         rows = _encoded(report, scored, tokenizer, kind, max_length, labels, limit, seed)
     except LoricaError as error:
         what = "task" if isinstance(scored, Task) else "ability"
@@ -67,8 +70,10 @@ def load_rows(
     return rows
 
 
-def _report(stream: TaskStream, scored: Scored, part: str, vocab_size: int, seq2seq: bool) -> Report:
-    source, notices = _source(stream, scored, part)
+def _report(
+    stream: TaskStream, scored: Scored, part: str, vocab_size: int, seq2seq: bool, require_pinned: bool
+) -> Report:
+    source, notices = _source(stream, scored, part, require_pinned)
     report = validate(source, _format(scored), vocab_size=vocab_size, seq2seq=seq2seq)
     report.notices[:0] = notices
     return report
@@ -107,7 +112,7 @@ def _longest_prompt(scored: Scored, kind: Kind, max_length: int) -> int | None:
     return min(room, scored.max_prompt_length or room)
 
 
-def _source(stream: TaskStream, scored: Scored, part: str) -> tuple[Source, list[str]]:
+def _source(stream: TaskStream, scored: Scored, part: str, require_pinned: bool) -> tuple[Source, list[str]]:
     """Return where the rows come from, and what is to be said about it."""
     if part not in ("train", "test"):
         raise ValueError(f"{part=} is neither 'train' nor 'test'")
@@ -121,6 +126,8 @@ def _source(stream: TaskStream, scored: Scored, part: str) -> tuple[Source, list
         return open_source(path), []
     if scored.hub is None:
         raise LoricaError(f"no file {path}; give the folder that holds {file} as --data_dir.")
+    if require_pinned:
+        check_pinned(scored.hub.path, scored.hub.revision, "hub.revision in the stream's file", "dataset")
     return _hub_rows(scored.hub, part, path, file), [f"no file {path}: rows of the hub's data set {scored.hub.path}"]
 
 
@@ -128,8 +135,9 @@ def _hub_rows(hub: HubSource, part: str, path: str, file: str) -> HubRows:
     import datasets
 
     split, count = (hub.train_split, hub.train_rows) if part == "train" else (hub.test_split, hub.test_rows)
+    commit = commit_of(hub.path, hub.revision, "dataset") or hub.revision
     try:
-        rows = datasets.load_dataset(hub.path, hub.name, split=split, revision=hub.revision)
+        rows = datasets.load_dataset(hub.path, hub.name, split=split, revision=commit)
     except Exception as error:  # the hub's client raises many kinds; all mean that there is no data
         reason = str(error).strip().split("\n")[0]
         raise LoricaError(
@@ -138,7 +146,7 @@ def _hub_rows(hub: HubSource, part: str, path: str, file: str) -> HubRows:
         ) from error
     if count is not None and count < len(rows):
         rows = rows.select(sorted(random.Random(HUB_SEED).sample(range(len(rows)), count)))
-    name = "/".join(part for part in (hub.path, hub.name) if part) + (f"@{hub.revision}" if hub.revision else "")
+    name = "/".join(part for part in (hub.path, hub.name) if part) + (f"@{commit}" if commit else "")
     return HubRows(f"{name}[{split}]", [_with_fields(row, hub, f"{name}:{n}") for n, row in enumerate(rows, 1)])
 
 

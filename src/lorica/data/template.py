@@ -10,8 +10,8 @@ from typing import Any
 
 from lorica.data.example import Pair, Span
 from lorica.data.formats import Format
-from lorica.data.jsonl import type_name
 from lorica.data.record import RowError
+from lorica.data.strict_json import type_name
 from lorica.errors import did_you_mean
 
 OPTIONS = "options"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lorica.evaluation.task_code import code_in_task, is_group
 Scores = dict[str, dict[str, float | None]]
 
 _FILES = (".yaml", ".yml")
+CODE_EVAL = "HF_ALLOW_CODE_EVAL"
 
 
 def lm_eval_scores(
@@ -47,6 +49,7 @@ def lm_eval_record(
     limit: int | float | None = None,
     batch_size: int = 8,
     allow_task_code: bool = False,
+    confirm_run_unsafe_code: bool = False,
 ) -> dict[str, Any]:
     """Score a model on tasks of lm-evaluation-harness, and tell what was run.
 
@@ -61,6 +64,8 @@ def lm_eval_record(
         batch_size: requests at a time.
         allow_task_code: run the code of task files that hold any; see ``code_in_task``. Tasks of the harness itself
             are trusted with its installation, and a few of them fetch the code of a metric.
+        confirm_run_unsafe_code: run tasks that score what the model writes by running it (humaneval, mbpp); the
+            environment variable HF_ALLOW_CODE_EVAL must be 1 as well.
 
     Returns:
         ``scores``: per task, and per group that has figures of its own, the metrics under the harness's names: "acc"
@@ -70,7 +75,7 @@ def lm_eval_record(
 
     Raises:
         LoricaError: lm-eval is not installed, a task is unknown, cannot be loaded (its data may need the network),
-            or holds code without ``allow_task_code``.
+            holds code without ``allow_task_code``, or runs what the model writes without both switches.
     """
     if not tasks:
         raise LoricaError("no lm-eval task is named; name at least one, such as boolq")
@@ -82,13 +87,20 @@ def lm_eval_record(
         # The index of the harness's own tasks takes seconds: only for those who name one.
         manager = lm_eval.tasks.TaskManager(include_defaults=len(files) < len(tasks))
         check_names([name for name in tasks if name not in files], manager.all_tasks)
+        named = (manager.task_index.get(name) for name in tasks)  # these run code when they are loaded, too
+        unsafe = [one.name for one in named if one and (one.cfg or {}).get("unsafe_code")]
+        _check_unsafe(unsafe, confirm_run_unsafe_code)
+        loaded = _loaded(manager, tasks)
+        each = manager.load(loaded)["tasks"].items()
+        _check_unsafe([name for name, task in each if getattr(task, "UNSAFE_CODE", False)], confirm_run_unsafe_code)
         found = lm_eval.simple_evaluate(
             model=_wrapped(lm_eval, model, tokenizer, batch_size),
-            tasks=_loaded(manager, tasks),
+            tasks=loaded,
             num_fewshot=num_fewshot,
             limit=limit,
             task_manager=manager,
             log_samples=False,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
         )
     return {
         "scores": {task: _figures(values) for task, values in found["results"].items()},
@@ -107,6 +119,17 @@ def check_names(names: Sequence[str], known: Iterable[str]) -> None:
         if name not in every:
             hint = did_you_mean(name, every) or " `lm-eval ls tasks` lists them; a file of your own ends in .yaml."
             raise LoricaError(f"lm-eval has no task {name!r}.{hint}")
+
+
+def _check_unsafe(names: Sequence[str], confirmed: bool) -> None:
+    """Refuse tasks that run what the model writes, unless both switches are on."""
+    switches = {"--confirm_run_unsafe_code": confirmed, "HF_ALLOW_CODE_EVAL=1": os.environ.get(CODE_EVAL) == "1"}
+    missing = [switch for switch, on in switches.items() if not on]
+    if names and missing:
+        raise LoricaError(
+            f"lm-eval task {names[0]} runs the code that the model writes, on this machine; if that may be, give "
+            f"{' and '.join(missing)}"
+        )
 
 
 def _installed() -> Any:

@@ -8,9 +8,11 @@ from pathlib import Path
 import jinja2
 import yaml
 from jinja2 import nodes
+from jinja2.sandbox import SandboxedEnvironment
 
-from lorica.errors import LoricaError
+from lorica.yaml_file import compose_yaml, top_names
 
+_WHAT = "lm-eval task"
 _PLAIN_TAGS = "tag:yaml.org,2002:"
 _PLAIN = ("bool", "float", "int", "map", "merge", "null", "seq", "str", "timestamp", "value")
 _OFF = ("false", "no", "off")
@@ -25,24 +27,19 @@ def code_in_task(path: Path) -> list[str]:
     have, or with ``hf_evaluate``, as its code would be fetched.
 
     Raises:
-        LoricaError: a file is missing or is no YAML.
+        LoricaError: a file is missing or is no YAML; see ``lorica.yaml_file.compose_yaml``.
     """
     return [f"{file}:{node.start_mark.line + 1}: {what}" for file, node, what in _findings(path.resolve(), set())]
 
 
 def is_group(path: Path) -> bool:
     """Tell whether a task file describes a group, which the harness cannot load from a file by its path."""
-    root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    return any(key.value == "group" for key, _ in root.value) if isinstance(root, yaml.MappingNode) else False
+    return "group" in top_names(compose_yaml(path, _WHAT))
 
 
 def _findings(path: Path, seen: set[Path]) -> Iterator[tuple[Path, yaml.Node, str]]:
     seen.add(path)
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise LoricaError(f"lm-eval task {path}: cannot read it: {reason}") from error
+    root = compose_yaml(path, _WHAT)
     for node in _nodes(root):
         if not (node.tag.startswith(_PLAIN_TAGS) and node.tag.removeprefix(_PLAIN_TAGS) in _PLAIN):
             yield path, node, f"has the tag {node.tag}"
@@ -58,7 +55,7 @@ def _findings(path: Path, seen: set[Path]) -> Iterator[tuple[Path, yaml.Node, st
 
 
 def _nodes(root: yaml.Node | None) -> Iterator[yaml.Node]:
-    """Yield every node once: an alias may make a node its own descendant."""
+    """Yield every node once, however many aliases stand for it."""
     waiting, seen = [root] if root is not None else [], set()
     while waiting:
         node = waiting.pop()
@@ -92,7 +89,7 @@ def _reaches(template: str) -> bool:
     That takes a private attribute (``__class__`` and on), or a call together with a way to name one in disguise.
     """
     try:
-        tree = jinja2.Environment().parse(template)
+        tree = SandboxedEnvironment().parse(template)
     except jinja2.TemplateError:
         return False
     keys = [node.arg for node in tree.find_all(nodes.Getitem)]

@@ -99,14 +99,18 @@ def named_ability(name: str, data_dir: str | None, limit: int | None) -> list[He
     return [FromFile(stream, ability) for ability in chosen]
 
 
-def check_harness(tasks: Sequence[str]) -> None:
+def check_harness(tasks: Sequence[str], *, require_pinned: bool = False) -> None:
     """Refuse lm-eval tasks that do not exist, or all of them where lm-eval is not installed; loads no data.
+
+    Nor is any taken with ``require_pinned``: lm-eval fetches their data without a commit.
 
     Names that are files are left to the harness.
     """
     names = [task for task in tasks if Path(task).suffix not in (".yaml", ".yml")]
     if not tasks:
         return
+    if require_pinned:
+        raise LoricaError(f"--require_pinned: lm-eval fetches the data of {tasks[0]} without a commit; leave it out")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +22,19 @@ from lorica.experiments.clock import Clock
 from lorica.experiments.identity import Cell, identity
 from lorica.experiments.progress import Progress
 from lorica.experiments.setup import Setup
-from lorica.experiments.stages import Stage, claim, last_stage, write_stage
+from lorica.experiments.stages import Stage, claim, last_stage, write_scores, write_stage
 from lorica.memory import size_of
 from lorica.methods import Method, TaskData
 from lorica.record import Stopwatch
+from lorica.training.checkpoints import kept_bases, newest_complete
+from lorica.training.guards import Diverged
 from lorica.training.models import stock_configuration
-from lorica.training.trainer import Diverged, fit
+from lorica.training.trainer import fit
 
 Say = Callable[[str], None]
 Column = Task | HeldOut
+
+warn = partial(warnings.warn, stacklevel=2)
 
 
 class CellRun:
@@ -52,23 +58,29 @@ class CellRun:
         """Go through the stages that are not done yet and return what was measured."""
         claim(self.folder, identity(self.setup, self.cell))
         stage = last_stage(self.folder)
+        self._remove_tasks(but=None if stage is None else self._task_folder(stage.number))
         if stage is not None:
-            self.clock.skip(stage.number + 1)
-            if stage.number == len(self.tasks):
-                return Progress.from_json(stage.progress())
+            progress = Progress.from_json(stage.progress())
+            self.clock.skip(progress.stages_done + 1)
+            if progress.stages_done == len(self.tasks):
+                return progress
         progress = self._begin(stage)
         for index in range(progress.stages_done, len(self.tasks)):
             watch = Stopwatch()
             try:
-                self._learn(index, progress)
+                if stage is None or index >= stage.number:
+                    self._learn(index, progress)
+                    progress.cost.seconds += watch.seconds
+                    self._keep(index + 1, progress)  # before scoring: what was trained is safe
             except Diverged as error:
                 if not self.cell.validates:
                     raise
                 self._give_up(str(error), progress)  # the other rates of the grid are still to be tried
                 return progress
+            watch = Stopwatch()
             self._score(index + 1, progress)
             progress.cost.seconds += watch.seconds
-            self._keep(progress)
+            write_scores(self.folder, index + 1, progress.to_json())
             self.tell(self._line(index + 1, progress))
         return progress
 
@@ -106,28 +118,39 @@ class CellRun:
             self.method.load_state_dict(stage.memory())
             return progress
         self._score(0, progress)
-        self._keep(progress)
+        self._keep(0, progress)
         self.tell(self._line(0, progress))
         return progress
 
     def _unmeasured(self) -> Progress:
         return Progress.empty([task.name for task in self.tasks], [one.name for one in self.setup.held_out])
 
-    def _keep(self, progress: Progress) -> None:
-        done = progress.stages_done
-        base = done == 0 or (self.method.restarts and done < len(self.tasks))
-        write_stage(self.folder, done, None if base else self.model, self.method.state_dict(), progress.to_json())
+    def _keep(self, done: int, progress: Progress) -> None:
+        model = self.model if done else None
+        write_stage(self.folder, done, model, self.method.state_dict(), progress.to_json())
+        self._remove_tasks()
 
     def _give_up(self, reason: str, progress: Progress) -> None:
         self.clock.skip(len(self.tasks) - progress.stages_done - 1)
         progress.give_up(reason, len(self.tasks))
         write_stage(self.folder, len(self.tasks), None, {}, progress.to_json())
+        self._remove_tasks()
         self.tell(reason)
+
+    def _task_folder(self, index: int) -> Path:
+        """Return where the checkpoints of a task lie while it is learned."""
+        return self.folder / f"task-{index + 1}"
+
+    def _remove_tasks(self, but: Path | None = None) -> None:
+        """Remove the checkpoints of tasks; what they served to go on with is in a stage, or of no use."""
+        for folder in self.folder.glob("task-*"):
+            if folder != but:
+                shutil.rmtree(folder)
 
     def _learn(self, index: int, progress: Progress) -> None:
         task, method = self.tasks[index], self.method
         rows = self._train_rows(task)
-        arguments = self._arguments(task)
+        arguments = self._arguments(task, self._task_folder(index))
         steps = planned_steps(arguments, len(rows))
         data = TaskData(
             task.name, index, len(self.tasks), rows, self.setup.collate, self.cell.seed,
@@ -141,28 +164,31 @@ class CellRun:
             self.model, _ = self.setup.read_model()
         set_seed(self.cell.seed)  # whatever came before, a stage is the same when it is gone on with
         self.model.eval()  # as a model comes from disk
+        resume = newest_complete(self._task_folder(index), warn)
+        method.kept = kept_bases(resume)
         method.begin_task(self.model, data)
         arguments.max_steps = steps + progress.waiting_steps
         progress.waiting_steps = 0
-        self._fit(data, arguments, progress)
+        self._fit(data, arguments, progress, resume)
         self._close_task(data, progress)
 
-    def _fit(self, data: TaskData, arguments: TrainingArguments, progress: Progress) -> None:
+    def _fit(self, data: TaskData, arguments: TrainingArguments, progress: Progress, resume: Path | None) -> None:
         rows = self.method.training_data(data)
         try:
             with stock_configuration(self.model):
-                *_, last = fit(
-                    self.model, self.method, rows, self.setup.tokenizer, self.setup.collate, arguments, quiet=True
-                )
+                *log, last = fit(
+                    self.model, self.method, rows, self.setup.tokenizer, self.setup.collate, arguments, quiet=True,
+                    resume_from_checkpoint=None if resume is None else str(resume),
+                )  # fmt: skip
         except Interrupted as stopped:
-            if stopped.checkpoint is not None:  # a stream goes on from the end of a task, not from within
-                shutil.rmtree(stopped.checkpoint, ignore_errors=True)
-            raise Interrupted(stopped.signum, hint="the finished tasks are kept; the same command goes on") from None
+            hint = f"what is done is kept, also of task {data.name}; the same command goes on"
+            raise Interrupted(stopped.signum, stopped.checkpoint, hint=hint) from None
         except Diverged as error:
             where = f"{self.setup.settings[self.cell.method].title}, seed {self.cell.seed}, task {data.name}"
             raise Diverged(
                 f"{where}: {error.what}", f"lower its learning rate ({self.cell.learning_rate:g}) or look at the rows"
             ) from error
+        progress.notices += [{"task": data.name, **row} for row in log if "notice" in row]
         progress.cost.steps += int(last["step"])
         progress.cost.training_seconds += last["train_runtime"]
 
@@ -231,9 +257,9 @@ class CellRun:
             return self.setup.rows.split(scored.name)[1]
         return self.setup.rows.test(scored.name)
 
-    def _arguments(self, task: Task | None = None) -> TrainingArguments:
+    def _arguments(self, task: Task | None = None, folder: Path | None = None) -> TrainingArguments:
         return self.setup.arguments(
-            str(self.folder), self.cell.seed, self.cell.learning_rate, name=self.cell.method, task=task
+            str(folder or self.folder), self.cell.seed, self.cell.learning_rate, name=self.cell.method, task=task
         )
 
     def _line(self, stage: int, progress: Progress) -> str:

@@ -92,6 +92,12 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models you have read."""
 
+    allow_pickle: bool = False
+    """Take a folder whose weights are pickles (*.bin) as well. They are read as tensors alone, running no code."""
+
+    require_pinned: bool = False
+    """Take nothing from the hub without its whole commit: --model_revision COMMIT, and data as OWNER/NAME@COMMIT."""
+
     training: dict[str, Any] = {}
     """Fields of transformers' TrainingArguments."""
 

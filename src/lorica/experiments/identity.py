@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorica.experiments.abilities import FromFile
+from lorica.experiments.arguments import KEEPING
 from lorica.experiments.setup import Setup
+from lorica.redaction import redacted
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,22 @@ FIELDS = (
 
 def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
     """Return everything on which a cell's scores depend, as plain data."""
-    tasks = setup.stream.in_order(cell.order)
+    tasks, settings = setup.stream.in_order(cell.order), setup.settings[cell.method].model_dump()
     from_files = [one.name for one in setup.held_out if isinstance(one, FromFile)]
-    return (
+    whole: dict[str, Any] = redacted(
         asdict(cell)
         | {name: getattr(setup.config, name) for name in FIELDS}
         | {"sha256 of the model": setup.weights_sha256, "classes": setup.labels}
         | {"rows drawn by seed": setup.config.seeds[0], "tasks": [task.model_dump() for task in tasks]}
-        | {"stream": setup.stream.name, "version": setup.stream.version, "training": setup.training}
-        | {"settings": setup.settings[cell.method].model_dump()}
+        | {"stream": setup.stream.name, "version": setup.stream.version, "training": _that_count(setup.training)}
+        | {"settings": settings | {"training": _that_count(settings["training"])}}
         | {"held out": [one.settings() for one in setup.held_out]}
         | {f"rows of {task.name}": setup.rows.train(task.name).sha256 for task in tasks}
         | {f"scored rows of {name}": setup.rows.test(name).sha256 for name in (*(t.name for t in tasks), *from_files)}
     )
+    return whole
+
+
+def _that_count(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the training arguments on which scores depend."""
+    return {name: value for name, value in training.items() if name not in KEEPING}

@@ -47,6 +47,7 @@ class Progress:
         parameters: number of the model's parameters.
         new_parameters: patterns of those that came in without weights and so train with every method.
         diverged: why no score follows; empty unless training failed.
+        notices: what the trainings told, with their task and step.
     """
 
     tasks: Series
@@ -62,6 +63,7 @@ class Progress:
     parameters: int = 0
     new_parameters: list[str] = field(default_factory=list)
     diverged: str = ""
+    notices: list[dict[str, Any]] = field(default_factory=list)
     cost: Cost = field(default_factory=Cost)
 
     @classmethod

@@ -14,6 +14,9 @@ from lorica.experiments.abilities import FromFile
 from lorica.experiments.cell import CellRun
 from lorica.experiments.progress import Progress
 from lorica.experiments.selection import Selection
+from lorica.files import write_text
+from lorica.hub import commits
+from lorica.json_file import load_json
 from lorica.methods import METHODS
 from lorica.record import SCHEMA, environment, redacted
 from lorica.scores import ScoreMatrix
@@ -39,6 +42,7 @@ def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> 
         "name": cell.method,
         "facts": method_facts(settings.method),
         "model": redacted(Path(setup.config.model_name_or_path).name),
+        "commits": commits(setup.config.model_name_or_path, setup.config.model_revision),
         "model_kind": setup.kind,
         "model_parameters": progress.parameters,
         "learning_rate": cell.learning_rate,
@@ -54,6 +58,7 @@ def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> 
         "recall": recalls(run, progress),
         "carried_bytes": progress.carried_bytes,
         "worst_leakage": progress.worst_leakage,
+        "notices": progress.notices,
         "cost": progress.cost.to_json(),
         "plan": progress.plan,
         "leakage": progress.leakage,
@@ -124,13 +129,13 @@ def write_predictions(progress: Progress, path: Path) -> None:
     for name, answers in progress.answers.items():
         for where, (answer, score) in enumerate(zip(answers, progress.rows[name], strict=True)):
             lines.append(json.dumps({"task": name, "row": where, "answer": answer, "score": score}, ensure_ascii=False))
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def read_run(path: Path) -> dict[str, Any]:
     """Return the record that a finished cell wrote."""
     try:
-        record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: Mapping[str, Any] = load_json(path, constants=True)
     except (OSError, ValueError) as error:
         raise LoricaError(f"{path}: cannot read it: {error}; remove it to score that cell anew") from error
     return dict(record)

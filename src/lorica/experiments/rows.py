@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
-from lorica.data.dataset import EncodedDataset, Kind
+from lorica.data.dataset import EncodedDataset, Kind, shared_rows
 from lorica.data.positions import position_limit
 from lorica.data.scored import Scored
 from lorica.data.stream import TaskStream
@@ -64,10 +64,20 @@ class Rows:
         order = np.random.default_rng(self.config.seeds[0]).permutation(len(rows))
         return rows.subset(sorted(order[count:].tolist())), rows.subset(sorted(order[:count].tolist()))
 
+    def notices(self, tasks: Iterable[str]) -> list[str]:
+        """Return what is to be told of the rows of tasks: what was cut or left out, and what is trained and scored."""
+        told = []
+        for task in tasks:
+            both = shared_rows(self.train(task), self.test(task))
+            notes = {part: self.read(task, part).summary["notices"] for part in ("train", "test")}
+            notes["test"] = notes["test"] + [f"{both} of the rows are also trained on"] * bool(both)
+            told += [f"task {task}, rows to {part}: {'; '.join(some)}" for part, some in notes.items() if some]
+        return told
+
     def _read(self, name: str, part: Literal["train", "test"]) -> EncodedDataset:
         stream, scored = self.sources[name]
         limit = self.config.max_train_rows if part == "train" else self.config.max_test_rows
         return load_rows(
             stream, scored, part, self.tokenizer, kind=self.kind, max_length=self.max_length, labels=self.labels,
-            limit=limit, seed=self.config.seeds[0],
+            limit=limit, seed=self.config.seeds[0], require_pinned=self.config.require_pinned,
         )  # fmt: skip

@@ -23,9 +23,10 @@ from lorica.experiments.config import RunConfig
 from lorica.experiments.rows import Rows
 from lorica.lineage import weights_sha256
 from lorica.methods import METHODS, Method
+from lorica.names import check_folder_name
 from lorica.training.arguments import check_trackers, default_learning_rate, training_arguments
 from lorica.training.classifiers import read_any_config, read_classifier
-from lorica.training.models import model_width, read_model, read_tokenizer
+from lorica.training.models import model_width, pinned, read_model, read_tokenizer
 from lorica.values import read_config
 
 
@@ -42,7 +43,7 @@ class Setup:
 
     def __init__(self, config: RunConfig, stream: TaskStream | None = None) -> None:
         found = stream or find_stream(config.stream)
-        self.config = config = config.model_copy(update={"seeds": config.seeds or found.seeds or [0]})
+        self.config = config = pinned(config.model_copy(update={"seeds": config.seeds or found.seeds or [0]}))
         self.stream = found.within(config.data_dir).only(config.tasks)
         self.settings = chosen_settings(config, self.stream)
         self.orders: list[str | None] = list(config.orders) or [next(iter(self.stream.orders), None)]
@@ -51,7 +52,8 @@ class Setup:
         for name, one in self.settings.items():
             self.build_method(name)
             check_training(self.training | one.training, f"stream {self.stream.name!r}, method {name!r}")
-        _check_names([*self.settings, *filter(None, self.orders)])
+        for name in (*self.settings, *(order for order in self.orders if order is not None)):
+            check_folder_name(name, "settings or order")
         self.tokenizer = read_tokenizer(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
@@ -81,7 +83,7 @@ class Setup:
         harness = [one.name for one in every if isinstance(one, FromHarness)]
         if harness and self.kind == "classifier":
             raise LoricaError(f"--held_out {harness[0]}: lm-eval scores models that write; this one classifies")
-        check_harness(harness)
+        check_harness(harness, require_pinned=config.require_pinned)
         return every
 
     def _check_rows(self) -> None:
@@ -116,11 +118,11 @@ class Setup:
     def describe(self) -> list[str]:
         """Return the lines printed before the first method starts."""
         stream, config = self.stream, self.config
-        tasks = ", ".join(task.name for task in stream.in_order(self.orders[0]))
-        lines = [f"stream {stream.name}, version {stream.version}: {tasks}"]
+        tasks = [task.name for task in stream.in_order(self.orders[0])]
+        lines = [f"stream {stream.name}, version {stream.version}: {', '.join(tasks)}"]
         if stream.left_out:
             lines.append(f"notice: a subset of the stream; left out: {', '.join(stream.left_out)}")
-        lines += [f"notice: {rows}" for rows in self._cuts()]
+        lines += [f"notice: {told}" for told in (*self._cuts(), *self.rows.notices(tasks))]
         lines.append(
             f"methods: {', '.join(self.settings)}   seeds: {' '.join(map(str, config.seeds))}"
             + (f"   orders: {' '.join(map(str, self.orders))}" if stream.orders else "")
@@ -140,6 +142,7 @@ class Setup:
         set_seed(config.seeds[0])
         options: dict[str, Any] = {"dtype": config.dtype, "attn_implementation": config.attn_implementation}
         options |= {"device": self.arguments("", 0, None).device, "trust_remote_code": config.trust_remote_code}
+        options |= {"allow_pickle": config.allow_pickle and folder is None}
         options |= {"revision": config.model_revision if folder is None else None}
         name = folder or config.model_name_or_path
         if self.kind == "classifier":
@@ -204,13 +207,6 @@ def _check_orders(stream: TaskStream, orders: list[str | None]) -> None:
                 "name one of them with --orders"
             )
         seen[names] = order
-
-
-def _check_names(names: list[str]) -> None:
-    """Refuse names of settings and orders that would lead out of the output folder."""
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\\" in name:
-            raise LoricaError(f"{name!r} cannot be the name of a folder; name the settings or the order otherwise")
 
 
 def chosen_settings(config: RunConfig, stream: TaskStream) -> dict[str, MethodSettings]:

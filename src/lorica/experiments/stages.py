@@ -1,11 +1,12 @@
 """What a stream needs to go on after a stop: the model, the method's memory and the scores so far, as one folder.
 
-The folder of a stage is written aside and renamed, and the one before it removed afterwards, so that at every moment
-there is one that is whole.
+The folder of a stage is written aside, brought to the disk and renamed, and the one before it removed afterwards, so
+that at every moment there is one that is whole.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -14,15 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.memory import load_memory, save_memory
+from lorica.files import LEFTOVER, CannotWrite, free_bytes, make_folder, remove_folder, sync_folder, writing
+from lorica.forecast.result import size
+from lorica.json_file import load_json
+from lorica.memory import load_memory, save_memory, size_of
 from lorica.record import write_json
+from lorica.training.manifest import damage, write_manifest
+from lorica.training.models import stored_bytes
+from lorica.training.trust import distrusted
 
 IDENTITY = "cell.json"
 MODEL, MEMORY, PROGRESS = "model", "memory.safetensors", "progress.json"
+
+SCORED = "scored.json"
+"""The progress once the stage is scored; a stage is written before, so that what was trained is safe."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +56,39 @@ class Stage:
         return load_memory(self.folder / MEMORY)
 
     def progress(self) -> dict[str, Any]:
-        """Return the scores and costs so far."""
-        return _read(self.folder / PROGRESS)
+        """Return the scores and costs so far, those of this stage only if all of them were measured."""
+        return _read(self.folder / (SCORED if (self.folder / SCORED).exists() else PROGRESS))
 
     def drop_model(self) -> None:
         """Remove the model and the memory, once no later stage needs them."""
-        shutil.rmtree(self.folder / MODEL, ignore_errors=True)
-        (self.folder / MEMORY).unlink(missing_ok=True)
+        if not any((self.folder / name).exists() for name in (MODEL, MEMORY)):
+            return
+        with contextlib.suppress(CannotWrite):  # all is measured and recorded; what stays is only in the way
+            write_manifest(self.folder, without=(MODEL, MEMORY))
+            shutil.rmtree(self.folder / MODEL, ignore_errors=True)
+            (self.folder / MEMORY).unlink(missing_ok=True)
+
+
+def stages_in(cell: Path) -> list[Path]:
+    """Return the folders of a cell's stages, oldest first."""
+    named = (path for path in cell.glob("stage-*") if re.fullmatch(r"stage-\d+", path.name))
+    return sorted(named, key=_number)
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.removeprefix("stage-"))
 
 
 def last_stage(cell: Path) -> Stage | None:
-    """Return the newest finished stage of a cell's folder, or None."""
-    found = [(int(m[1]), path) for path in cell.glob("stage-*") if (m := re.fullmatch(r"stage-(\d+)", path.name))]
-    return Stage(*max(found)) if found else None
+    """Return the newest finished stage of a cell's folder, or None.
+
+    Raises:
+        LoricaError: something in it cannot be this run's own; see ``distrusted``.
+    """
+    found = stages_in(cell)
+    if found and (wrong := distrusted(found[-1])):
+        raise LoricaError(f"{cell}: {wrong}; remove {found[-1]} to begin that part anew")
+    return Stage(_number(found[-1]), found[-1]) if found else None
 
 
 def write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
@@ -69,40 +98,76 @@ def write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor
         model: None where the next task starts from the model that came in.
 
     Raises:
-        LoricaError: it cannot be written, such as for want of room; the stage before is then still there.
+        CannotWrite: there is no room for it; the stage before is then still there.
     """
-    aside = cell / ".stage"
+    aside, place = cell / ".stage", cell / f"stage-{number}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
-        if model is not None:
-            model.save_pretrained(aside / MODEL)
-        save_memory(memory, aside / MEMORY)
-        write_json(aside / PROGRESS, progress)
-        aside.rename(cell / f"stage-{number}")
-    except (OSError, SafetensorError) as error:
+        with writing(
+            place, f"cannot write {place}", lambda: size_of(memory) + (0 if model is None else stored_bytes(model))
+        ):
+            make_folder(aside)
+            if model is not None:
+                model.save_pretrained(aside / MODEL)
+            save_memory(memory, aside / MEMORY)
+            write_json(aside / PROGRESS, progress)
+            write_manifest(aside)
+            aside.rename(place)
+            sync_folder(cell)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise LoricaError(f"{cell}: cannot write what the run would go on from: {error}") from error
-    for path in cell.glob("stage-*"):
-        if path.name != f"stage-{number}":
-            shutil.rmtree(path)
+    for path in stages_in(cell):
+        if path != place:
+            remove_folder(path)
+
+
+def write_scores(cell: Path, number: int, progress: dict[str, Any]) -> None:
+    """Add to a stage what was measured of it.
+
+    Raises:
+        CannotWrite: there is no room for it.
+    """
+    write_json(cell / f"stage-{number}" / SCORED, progress)
+
+
+def check_room(output_dir: Path, model: Path, kept: int) -> None:
+    """Refuse a run that the disk has not the room for; what the output folder takes already counts as free.
+
+    Args:
+        output_dir: where two stages of one cell are at once.
+        model: folder of the model that comes in; of a name on the hub nothing is known yet.
+        kept: how many models are kept besides.
+
+    Raises:
+        LoricaError: with what is needed and what is free.
+    """
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    taken = sum(file.stat().st_size for file in output_dir.rglob("*") if file.is_file())
+    needed, free = (2 + kept) * weights, free_bytes(output_dir) + taken
+    if needed > free:
+        raise LoricaError(
+            f"--output_dir {output_dir}: the run needs {size(needed)} of disk, {2 + kept} models at once, and "
+            f"{size(free) if free else 'nothing'} is free there; make room, or name a folder on another disk"
+        )
 
 
 def claim(cell: Path, identity: Mapping[str, Any]) -> None:
-    """Make a cell's folder, or make sure that it was made by the same run.
+    """Make a cell's folder, or make sure that it was made by the same run and that its last stage is whole.
 
     All that the folder was begun with must be the same. What a later version of Lorica writes down besides is not
     held against it. A folder in which nothing is finished belongs to whoever comes next.
 
     Raises:
-        LoricaError: the folder belongs to another run; names the first setting that differs.
+        LoricaError: the folder belongs to another run; names the first setting that differs. Or its last stage is
+            damaged.
     """
     now = json.loads(json.dumps(identity, default=str))
     file = cell / IDENTITY
-    if not file.exists() and cell.is_dir() and any(cell.iterdir()):
+    if not file.exists() and cell.is_dir() and any(not LEFTOVER.fullmatch(path.name) for path in cell.iterdir()):
         raise LoricaError(f"{cell} is not empty and not of lorica run; name another --output_dir")
-    if last_stage(cell) is None:
-        cell.mkdir(parents=True, exist_ok=True)
+    stage = last_stage(cell)
+    if stage is None:
+        make_folder(cell)
         write_json(file, now)
         return
     before = _read(file)
@@ -113,6 +178,8 @@ def claim(cell: Path, identity: Mapping[str, Any]) -> None:
                 f"{cell} was begun with {what} {_short(one)}, and it is now {_short(other)}; "
                 "give what it was begun with, or another --output_dir"
             )
+    if wrong := damage(stage.folder):
+        raise LoricaError(f"{stage.folder}: {wrong}; remove {stage.folder} to go on from what was before it")
 
 
 def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any]:
@@ -133,7 +200,7 @@ def _short(value: Any) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        data: dict[str, Any] = load_json(file, constants=True)
     except (OSError, ValueError) as error:
         raise LoricaError(f"{file}: cannot read it: {error}; remove {file.parent} to begin that part anew") from error
     return data

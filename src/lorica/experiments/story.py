@@ -17,8 +17,13 @@ from lorica.experiments.identity import Cell
 from lorica.experiments.results import PREDICTIONS, RUN, read_run, record_of, write_predictions
 from lorica.experiments.selection import Selection, select
 from lorica.experiments.setup import Setup
+from lorica.experiments.stages import check_room
+from lorica.files import listing
+from lorica.names import check_no_links
 from lorica.record import write_json
+from lorica.redaction import cleaned
 from lorica.training.models import save_model
+from lorica.training.room import telling_the_way_on
 
 Say = Callable[[str], None]
 
@@ -42,7 +47,7 @@ def run(
         ``OUT/METHOD/order-O-seed-S/run.json``.
 
     Raises:
-        LoricaError: anything about the input is wrong; it shows before the first method starts.
+        LoricaError: anything about the input is wrong; it shows before the first method starts. Or the disk is full.
         Interrupted: a signal came; the finished tasks are kept.
     """
     settings = config if isinstance(config, RunConfig) else build_run_config(dict(config))
@@ -53,8 +58,9 @@ class Run:
     """All cells of a run, one after the other."""
 
     def __init__(self, setup: Setup, say: Say) -> None:
-        self.setup, self.say = setup, say
+        self.setup, self.say = setup, cleaned(say)
         self.output_dir = Path(setup.config.output_dir)
+        check_no_links(self.output_dir)
         self.cells = [(order, seed) for order in setup.orders for seed in setup.config.seeds]
         rates = len(setup.config.learning_rates)
         tasks = [len(setup.stream.in_order(order)) + 1 for order, _ in self.cells]
@@ -65,7 +71,10 @@ class Run:
         """Run the cells that are not done and return the records of all."""
         for line in self.setup.describe():
             self.say(line)
-        with quiet_transformers():  # a bar and a notice for each model that is loaded would hide the scores
+        models = len(self.setup.settings) * len(self.cells) if self.setup.config.save_models else 0
+        check_room(self.output_dir, Path(self.setup.config.model_name_or_path).expanduser(), models)
+        # A bar and a notice for each model that is loaded would hide the scores.
+        with quiet_transformers(), telling_the_way_on(self.output_dir, "lorica run"):
             return [record for method in self.setup.settings for record in self._method(method)]
 
     def _method(self, method: str) -> list[dict[str, Any]]:
@@ -94,7 +103,8 @@ class Run:
             if config.save_models:
                 save_model(cell.trained_model(), self.setup.tokenizer, own / "model")
             write_predictions(progress, own / PREDICTIONS)
-            write_json(own / RUN, record_of(cell, progress, selection))
+            left = [own / PREDICTIONS, *(file for file in (own / "model").rglob("*") if file.is_file())]
+            write_json(own / RUN, record_of(cell, progress, selection) | {"files": listing(own, left)})
         elif config.save_models and not (own / "model").is_dir():
             self.say(f"notice: {own} was finished without --save_models; remove it to train that model again")
         cell.drop_model()

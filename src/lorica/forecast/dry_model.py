@@ -15,6 +15,7 @@ from lorica.methods import METHODS, TaskData
 from lorica.methods.base import Method, scheduled_share
 from lorica.subspace.plan import MEASURED, Plan
 from lorica.subspace.ranks import share_to_count
+from lorica.training.trust import refuse_hub_kernels
 
 FORECAST = ("osft", "seqft", "lora")
 """The methods whose first task is told by shapes alone."""
@@ -30,10 +31,11 @@ def blank_model(config: UpdateConfig, model_config: Any) -> Any:
     """Return the model of an update on the meta device, in training mode.
 
     Raises:
-        LoricaError: transformers cannot build it, or the dtype is none.
+        LoricaError: transformers cannot build it, the dtype is none, or attention would be fetched from the hub.
     """
     kind = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
     attention = config.attn_implementation
+    refuse_hub_kernels(attention, "--attn_implementation")
     own = {} if attention is None else {"attn_implementation": _FLASH if attention.startswith("flash") else attention}
     try:
         with torch.device("meta"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ from transformers import TrainingArguments
 
 from lorica.constrain.audit import rounding_share
 from lorica.constrain.linear import SubspaceLayer
-from lorica.constrain.protect import protected_layers
+from lorica.constrain.protect import bases_of, protected_layers
 from lorica.forecast.dry_run import Step
 from lorica.forecast.ledger import Ledger
 from lorica.forecast.rates import CONTEXT, Machine
@@ -132,32 +133,69 @@ class Disk:
 
     Attributes:
         model: the output model.
-        checkpoints: those that are there at once; one more than are kept while the last is written.
+        checkpoint: one checkpoint.
+        kept: how many checkpoints are there at once, while the last of them is written.
+        lasting: how many of them are left when the model is written.
+        bases: what the weights were split into, once for all checkpoints.
         cache: the splits that are kept for the next run, as far as the cache may grow.
     """
 
     model: int
-    checkpoints: int
+    checkpoint: int
+    kept: int
+    lasting: int
+    bases: int
     cache: int
 
+    @property
+    def checkpoints(self) -> int:
+        """The most that checkpoints take."""
+        return self.kept * self.checkpoint
+
+    @property
+    def output(self) -> int:
+        """The most that the output folder takes."""
+        return self.bases + max(self.checkpoints, self.lasting * self.checkpoint + self.model)
+
     def to_json(self) -> dict[str, int]:
-        return {"model_bytes": self.model, "checkpoint_bytes": self.checkpoints, "split_cache_bytes": self.cache}
+        return {
+            "model_bytes": self.model,
+            "checkpoint_bytes": self.checkpoints,
+            "bases_bytes": self.bases,
+            "split_cache_bytes": self.cache,
+        }
 
 
-def disk(model: Any, step: Step, arguments: TrainingArguments, steps: int | None) -> Disk:
+def disk(model: Any, step: Step | None, arguments: TrainingArguments, steps: int | None) -> Disk:
     """Return what a run writes.
 
     Args:
-        model: protected, on the meta device.
+        model: on the meta device; protected if there is a step.
+        step: of ``dry_step``; without it the least that any method writes.
         steps: how many the run has, if that is known.
     """
-    saved = step.steady["weights"]
-    one = saved + step.steady["cores"] + step.steady["optimizer states"]
-    kept = 0 if arguments.save_strategy == "no" else (arguments.save_total_limit or 1) + 1
-    if kept and steps is not None and arguments.save_strategy == "steps":
+    saved = step.steady["weights"] if step else sum(p.nbytes for p in model.parameters())
+    cores = step.steady["cores"] if step else 0
+    states = step.steady["optimizer states"] if step and not arguments.save_only_model else 0
+    limit = arguments.save_total_limit if (arguments.save_total_limit or 0) > 0 else None
+    written = _checkpoints(arguments, steps)
+    if written is None:  # not known: as many as are kept, or at least two
+        written = (limit or 1) + 1
+    lasting = min(written, limit or written)
+    split = bases_of(model) if lasting and not arguments.save_only_model else {}
+    bases = sum({id(tensor): tensor.nbytes for tensor in split.values()}.values())
+    return Disk(saved, saved + cores + states, min(written, lasting + 1), lasting, bases, _cache(model))
+
+
+def _checkpoints(arguments: TrainingArguments, steps: int | None) -> int | None:
+    """Return how many checkpoints a run writes; None where that is not known."""
+    if arguments.save_strategy == "no":
+        return 0
+    if arguments.save_strategy == "steps" and steps is not None:
         every = arguments.save_steps if arguments.save_steps >= 1 else max(1, round(arguments.save_steps * steps))
-        kept = min(kept, -(-steps // int(every)))
-    return Disk(saved, kept * one, _cache(model))
+        return -(-steps // int(every))
+    epochs = arguments.save_strategy == "epoch" and arguments.max_steps <= 0
+    return math.ceil(arguments.num_train_epochs) if epochs else None
 
 
 def _cache(model: Any) -> int:

@@ -88,7 +88,7 @@ def unmeasured_machine(device: str) -> Machine:
     return Machine(
         device=device,
         name=torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        memory=torch.cuda.get_device_properties(0).total_memory if cuda else host_memory(),
+        memory=memory_of(device),
         process=resident(),
     )
 
@@ -115,6 +115,11 @@ def machine_for(
     here = this_machine(device)
     given = {"memory": memory, "flops": flops, "narrow_flops": flops, "bandwidth": bandwidth}
     return replace(here, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+def memory_of(device: str) -> int:
+    """Return the bytes of memory of this machine's device: "cpu" or "cuda"."""
+    return torch.cuda.get_device_properties(0).total_memory if device == "cuda" else host_memory()
 
 
 def host_memory() -> int:

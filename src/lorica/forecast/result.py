@@ -139,6 +139,7 @@ class Forecast:
             rows.append(("host memory", [size(way.host_bytes) for way in ways]))
         rows.append(("disk: model", [size(way.disk.model) for way in ways]))
         rows.append(("disk: checkpoints", [size(way.disk.checkpoints) for way in ways]))
+        rows.append(("disk: bases", [size(way.disk.bases) for way in ways]))
         rows.append(("disk: cache of splits", [size(way.disk.cache) for way in ways]))
         rows.append(("trainable numbers", [f"{way.trainable:,}" for way in ways]))
         rows.append(("split, estimated", [_time(way.split_seconds) for way in ways]))
@@ -150,7 +151,7 @@ class Forecast:
         first, memory = self.ways[0], self.machine.memory
         word = "fits" if self.fits(memory) else "does not fit"
         told = f"{first.label}: {size(first.device_bytes)} {word} {size(memory)}"
-        needed = first.disk.model + first.disk.checkpoints
+        needed = first.disk.output
         if self.disk_free is not None and needed > self.disk_free:
             told += f"; the disk has {size(self.disk_free)} free and {size(needed)} are needed"
         return told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +14,20 @@ from lorica.config import UpdateConfig
 from lorica.constrain.origin import MEMORY_MODES
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
+from lorica.files import free_bytes
 from lorica.forecast.batches import batches_of
 from lorica.forecast.dry_model import assumptions, begin, blank_model
 from lorica.forecast.dry_run import Batch, Step, dry_score, dry_step
-from lorica.forecast.needs import Phase, audit_workspace, disk, largest, phases, protected_directions, split_workspace
+from lorica.forecast.needs import (
+    Disk,
+    Phase,
+    audit_workspace,
+    disk,
+    largest,
+    phases,
+    protected_directions,
+    split_workspace,
+)
 from lorica.forecast.options import build_forecast_config
 from lorica.forecast.rates import Machine, split_seconds, this_machine, unmeasured_machine
 from lorica.forecast.result import Forecast, Way
@@ -26,7 +35,7 @@ from lorica.inputs import Inputs
 from lorica.lineage import read_lineage
 from lorica.methods import METHODS, TaskData
 from lorica.training.arguments import training_arguments
-from lorica.training.models import load_model_config, model_width
+from lorica.training.models import load_model_config, model_width, pinned
 
 RATIOS = [round(0.05 * i, 2) for i in range(1, 20)]
 """Free shares that are tried for a memory, which they need more and more of. 1 is not one of them: plain fine-tuning
@@ -51,7 +60,7 @@ def forecast(
         LoricaError: something in the configuration, the model's config.json or the data is wrong, or the method cannot
             be told from shapes.
     """
-    settings = config if isinstance(config, UpdateConfig) else build_forecast_config(dict(config))
+    settings = pinned(config if isinstance(config, UpdateConfig) else build_forecast_config(dict(config)))
     run = _Run(settings, machine, inputs)
     ways = [run.way(settings)]
     if settings.method != "seqft":
@@ -77,8 +86,21 @@ def expected(config: UpdateConfig, inputs: Inputs) -> Way:
     Raises:
         LoricaError: see ``forecast``.
     """
-    device = "cpu" if not torch.cuda.is_available() or config.training.get("use_cpu") else "cuda"
-    return _Run(config, unmeasured_machine(device), inputs).way(config)
+    return _Run(config, unmeasured_machine(device_of(config)), inputs).way(config)
+
+
+def device_of(config: UpdateConfig) -> str:
+    """Return the device that a run takes: "cpu" or "cuda"."""
+    return "cpu" if not torch.cuda.is_available() or config.training.get("use_cpu") else "cuda"
+
+
+def least_disk(config: UpdateConfig, inputs: Inputs) -> Disk | None:
+    """Return the least that a run writes whose needs cannot be forecast; None if not even its weights are known."""
+    try:
+        run = _Run(config, unmeasured_machine(device_of(config)), inputs)
+        return disk(blank_model(config, run.model_config), None, run.arguments, run.batches.steps)
+    except Exception:  # see ``told.foreseen``, which has said why
+        return None
 
 
 def _plain(settings: UpdateConfig) -> UpdateConfig:
@@ -171,8 +193,4 @@ def _label(settings: UpdateConfig) -> str:
 
 def _free_disk(output_dir: str) -> int | None:
     """Return the free bytes where the output folder is to be, if one is named."""
-    if not output_dir:
-        return None
-    path = Path(output_dir).absolute()
-    there = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
-    return None if there is None else shutil.disk_usage(there).free
+    return free_bytes(Path(output_dir)) if output_dir else None

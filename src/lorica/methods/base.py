@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorica.constrain.audit_report import AuditReport
+from lorica.constrain.kept import KeptBases
 from lorica.constrain.origin import MemoryMode
 from lorica.errors import LoricaError
 from lorica.methods.options import checked_options
@@ -116,7 +117,8 @@ class Method:
 
     One object lives through a whole stream: for each task ``begin_task``, training with ``training_data``,
     ``penalty`` and ``wrap_optimizer``, then ``audit`` and ``end_task``. What it remembers from task to task is
-    ``state_dict``, and nothing else, so that a stream can be stopped and gone on with between any two tasks.
+    ``state_dict``, and nothing else, so that a stream can be stopped and gone on with between any two tasks. Within a
+    task it goes on from what ``begin_task`` makes of the same model and memory, ``kept`` and ``training_state``.
     A method never calls ``backward`` or ``step``: the Trainer is the loop.
 
     Attributes:
@@ -156,6 +158,10 @@ class Method:
 
     plan: Plan | None = None
 
+    kept: KeptBases | None = None
+    """What an interrupted training of the task that begins had split the weights into; nothing is then split anew. To
+    be set before ``begin_task``."""
+
     def __init__(self, options: Any) -> None:
         self.options = options
 
@@ -177,6 +183,20 @@ class Method:
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
         """Prepare the model for a task, in place; called before the optimizer is built."""
+
+    def to_keep(self, model: nn.Module) -> dict[str, Tensor] | None:
+        """Return what ``begin_task`` split the weights into, tensors by name, for ``kept``; None: it split nothing.
+
+        It stays the same while the task trains. What is empty but not None keeps the plan.
+        """
+        return None
+
+    def training_state(self) -> Any:
+        """Return what was gathered in this task's steps so far, nested data and tensors; None where nothing is."""
+        return None
+
+    def load_training_state(self, state: Any) -> None:
+        """Take over what ``training_state`` returned, once the optimizer of the same task is there."""
 
     def training_data(self, task: TaskData) -> Rows:
         """Return the rows to train on."""

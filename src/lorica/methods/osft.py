@@ -14,7 +14,7 @@ from lorica.constrain.audit_report import AuditReport
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.optimizer import Block, ConstrainedOptimizer, WeightConstraint, block_constraints
 from lorica.constrain.planning import plan
-from lorica.constrain.protect import protect, protected_layers, release
+from lorica.constrain.protect import bases_of, protect, protected_layers, protected_of, release
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress, Protection, scheduled_share
 from lorica.methods.task import TaskData
@@ -66,18 +66,19 @@ class OSFT(Method):
         if any(entry.constraint == "block" for entry in self.plan.entries):
             if self.protection.memory_mode != "fast":
                 raise LoricaError("memory_mode 'lean' has no effect with constraint 'block', which the optimizer holds")
-            self._constraints = block_constraints(model, self.plan)
+            self._constraints = block_constraints(model, self.plan, self.kept)
         else:
-            protect(model, self.plan, memory=self.protection.memory_mode, progress=progress)
+            protect(model, self.plan, memory=self.protection.memory_mode, progress=progress, kept=self.kept)
         if self._constraints is not None or self.protection.protect_learned:
             dense = [name for name in self.plan.names() if name not in protected_layers(model)]
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in dense}
         self._count_learned(model)
 
     def _plan(self, model: nn.Module, index: int) -> Plan:
-        """Return the plan of a task: as the options say, with what finished tasks left behind."""
-        asked = self.protection
-        made = asked.plan if asked.plan is not None else plan(model, **self._planning(model, index))
+        """Return the plan of a task: as the options say, or as it was kept, with what finished tasks left behind."""
+        made = self.protection.plan if self.kept is None else self.kept.plan
+        if made is None:
+            made = plan(model, **self._planning(model, index))
         learned = {e.name: self.learned.directions(e.name, e.shape) for e in made.entries}
         moments = {name: made.moment(name) for name in made.names()}
         if any(learned.values()):
@@ -116,6 +117,17 @@ class OSFT(Method):
             counts = tuple(both - own for both, own in zip(held, source, strict=True))
             self.plan.entries[index] = entry.model_copy(update={"learned": counts})
 
+    def to_keep(self, model: nn.Module) -> dict[str, Tensor]:
+        assert self.plan is not None
+        if self._constraints is None:
+            return bases_of(model)
+        found: dict[str, Tensor] = {}
+        for name in self.plan.names():
+            block = self._constraints.get(model.get_submodule(name).get_parameter("weight"))
+            if isinstance(block, Block):
+                found |= {f"{name}.{part}": tensor for part, tensor in block.parts().items()}
+        return found
+
     @property
     def clips(self) -> bool:
         return self._constraints is not None
@@ -136,9 +148,13 @@ class OSFT(Method):
                 layer = layers[entry.name]
                 layer.refresh()
                 before, after, master = layer.base, layer.matrix, layer.delta()
-                rows.append(audit_weight(before, after, entry, moment, learned, master_delta_MN=master))
+                measured = entry.source in MEASURED and moment is None  # in the process that the bases are from
+                held = protected_of(layer) if measured else None
+                rows.append(
+                    audit_weight(before, after, entry, moment, learned, master_delta_MN=master, directions=held)
+                )
             elif entry.name in self._before:
-                after = matrix_of(model.get_submodule(entry.name))
+                after = matrix_of(model.get_submodule(entry.name)).detach()
                 rows.append(audit_weight(self._before[entry.name], after, entry, moment, learned))
         return AuditReport(rows)
 

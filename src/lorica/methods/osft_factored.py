@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorica.constrain.audit import audit_weight
 from lorica.constrain.audit_report import AuditReport
-from lorica.constrain.factored import FactoredLinear
+from lorica.constrain.factored import START, FactoredLinear
+from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.optimizer import ConstrainedOptimizer, WeightConstraint
 from lorica.constrain.planning import plan
@@ -20,6 +21,7 @@ from lorica.constrain.protect import fitting_targets, freeze_all_but, release
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress, Targets
 from lorica.methods.task import TaskData
+from lorica.subspace.plan import Plan
 from lorica.subspace.sources import Protected
 
 
@@ -68,16 +70,7 @@ class OSFTFactored(Method):
         self._constraints: dict[nn.Parameter, WeightConstraint] = {}
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
-        asked = self.options
-        self.plan = plan(
-            model,
-            asked.unfreeze_rank_ratio,
-            effective_rank=asked.effective_rank,
-            rank_pattern=asked.rank_pattern,
-            target_modules=asked.target_modules,
-            train_also=asked.train_also,
-            freeze_experts=asked.freeze_experts,
-        )
+        self.plan = self._plan(model) if self.kept is None else self.kept.plan
         targets = fitting_targets(model, self.plan)
         for name, layer in targets.items():
             if matrix_of(layer).dtype not in (torch.float32, torch.float64):
@@ -86,7 +79,7 @@ class OSFTFactored(Method):
                     "model as float32"
                 )
         for done, entry in enumerate(self.plan.entries, start=1):
-            self._layers[entry.name] = factored(entry.name, targets[entry.name], entry.k)
+            self._layers[entry.name] = factored(entry.name, targets[entry.name], entry.k, self.kept)
             if progress:
                 progress(entry.name, done, len(self.plan))
         freeze_all_but(model, self.plan, [])
@@ -94,10 +87,27 @@ class OSFTFactored(Method):
         for layer in self._layers.values():
             self._constraints |= self._held(layer)
 
+    def _plan(self, model: nn.Module) -> Plan:
+        asked = self.options
+        return plan(
+            model,
+            asked.unfreeze_rank_ratio,
+            effective_rank=asked.effective_rank,
+            rank_pattern=asked.rank_pattern,
+            target_modules=asked.target_modules,
+            train_also=asked.train_also,
+            freeze_experts=asked.freeze_experts,
+        )
+
+    def to_keep(self, model: nn.Module) -> dict[str, Tensor]:
+        return {
+            f"{name}.{part}": tensor for name, layer in self._layers.items() for part, tensor in layer.start.items()
+        }
+
     def _held(self, layer: FactoredLinear) -> dict[nn.Parameter, WeightConstraint]:
         held: dict[nn.Parameter, WeightConstraint] = {}
-        for factor, high in zip((layer.u_low, layer.v_low), layer.protected, strict=True):
-            sides = Sides(factor.detach().clone(), Protected(high, high.new_zeros(factor.shape[1], 0)))
+        for name, factor, high in zip(("u_low", "v_low"), (layer.u_low, layer.v_low), layer.protected, strict=True):
+            sides = Sides(layer.start[name], Protected(high, high.new_zeros(factor.shape[1], 0)))
             held[factor] = sides if self.options.retract else GradientOnly(sides)
         return held
 
@@ -121,10 +131,11 @@ class OSFTFactored(Method):
         self._layers, self._constraints = {}, {}
 
 
-def factored(name: str, plain: nn.Module, k: int) -> FactoredLinear:
+def factored(name: str, plain: nn.Module, k: int, kept: KeptBases | None) -> FactoredLinear:
     """Return a layer's factored form; a ``LoricaError`` names the layer."""
     try:
-        return FactoredLinear(plain, k)
+        start = None if kept is None else {part: kept.tensor(f"{name}.{part}") for part in START}
+        return FactoredLinear(plain, k, start)
     except LoricaError as error:
         raise LoricaError(f"{name}: {error}") from error
 

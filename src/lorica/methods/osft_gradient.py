@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -145,6 +145,13 @@ class OSFTGradient(ProjectedFT):
         if self._snapshots is not None:
             self._snapshots.watch(optimizer)
         return super().wrap_optimizer(optimizer, max_grad_norm)
+
+    def training_state(self) -> Any:
+        return None if self._snapshots is None else self._snapshots.state()
+
+    def load_training_state(self, state: Any) -> None:
+        if self._snapshots is not None:
+            self._snapshots.load(state)
 
     def remember(self, model: nn.Module, task: TaskData) -> None:
         vectors = self._snapshots.vectors() if self._snapshots is not None else []

@@ -95,6 +95,10 @@ class StoredRows(Dataset[Row]):
     def __getitem__(self, index: int) -> Row:
         return {name: self._value(name, index) for name in self._fields}
 
+    def where(self, index: int) -> str:
+        """Return where a row comes from."""
+        return f"row {index} of those kept, of task {int(self.tensors[_TASK][index])}"
+
     def _value(self, name: str, index: int) -> Any:
         if name not in self._ends:
             return self.tensors[name][index].item()

@@ -23,6 +23,16 @@ class Snapshots:
     def __init__(self, parameters: Mapping[str, nn.Parameter], refresh: int) -> None:
         self.parameters, self.refresh = dict(parameters), refresh
         self.steps = 0
+        self._held: Gradients = {}
+
+    def state(self) -> dict[str, Any]:
+        """Return what was seen so far."""
+        return {"steps": self.steps, "held": self._held}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state`` returned."""
+        self.steps = state["steps"]
+        self._held = {name: held.to(self.parameters[name].device) for name, held in state["held"].items()}
 
     def watch(self, optimizer: Optimizer) -> None:
         """Look at every step from here on; hooks that are registered later see the gradients later."""
@@ -51,16 +61,12 @@ class Snapshots:
 class MeanGradient(Snapshots):
     """The mean of all snapshots, up to its length, which no direction depends on."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], refresh: int) -> None:
-        super().__init__(parameters, refresh)
-        self._sum: Gradients = {}
-
     def take(self, gradients: Gradients) -> None:
         for name, gradient in gradients.items():
-            self._sum[name] = self._sum[name] + gradient if name in self._sum else gradient.clone()
+            self._held[name] = self._held[name] + gradient if name in self._held else gradient.clone()
 
     def vectors(self) -> list[Gradients]:
-        return [self._sum] if self._sum else []
+        return [self._held] if self._held else []
 
 
 class TopGradients(Snapshots):
@@ -78,18 +84,17 @@ class TopGradients(Snapshots):
     def __init__(self, parameters: Mapping[str, nn.Parameter], refresh: int, k: int) -> None:
         super().__init__(parameters, refresh)
         self.k = k
-        self._columns: dict[str, Tensor] = {}
 
     def take(self, gradients: Gradients) -> None:
         wide = {
-            name: torch.cat([*([self._columns[name]] if self._columns else []), gradient.flatten()[None]])
+            name: torch.cat([*([self._held[name]] if self._held else []), gradient.flatten()[None]])
             for name, gradient in gradients.items()
         }
         gram = torch.stack([part.double() @ part.double().T for part in wide.values()]).sum(0)
         _, rotation = torch.linalg.eigh(gram)
         kept = rotation.flip(1)[:, : self.k].T
-        self._columns = {name: kept.to(part) @ part for name, part in wide.items()}
+        self._held = {name: kept.to(part) @ part for name, part in wide.items()}
 
     def vectors(self) -> list[Gradients]:
-        count = len(next(iter(self._columns.values()), ()))
-        return [{name: part[i] for name, part in self._columns.items()} for i in range(count)]
+        count = len(next(iter(self._held.values()), ()))
+        return [{name: part[i] for name, part in self._held.items()} for i in range(count)]

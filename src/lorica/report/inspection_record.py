@@ -7,24 +7,24 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lorica.report.records import PlanEntry, Spectrum, Values, _Part, _Record
+from lorica.report.records import Count, Number, PlanEntry, Spectrum, Values, _Part, _Record
 
 
 class EnergyShares(_Part):
     """Share of the energy of a layer's inputs in as many directions: protected, random, the best there are."""
 
-    protected: float
-    random: float
-    best: float
+    protected: Number
+    random: Number
+    best: Number
 
 
 class InspectedLayer(PlanEntry):
     """One weight: what would be protected in it, and what was measured."""
 
     spectrum: Spectrum
-    effective_rank: float
-    squared_share: float | None = None
-    similarity: float | None = None
+    effective_rank: Number
+    squared_share: Number | None = None
+    similarity: Number | None = None
     energy: EnergyShares | None = None
 
     @property
@@ -38,17 +38,17 @@ class Intervention(_Part):
 
     layer: str | None = None
     which: Literal["top", "bottom"]
-    fraction: float
-    directions: int
-    squared_share: float | None = None
-    loss: float | None = None
-    exact_match: float | None = None
+    fraction: Number
+    directions: Count
+    squared_share: Number | None = None
+    loss: Number | None = None
+    exact_match: Number | None = None
 
 
 class Curvature(_Part):
     """Over how many rows it was averaged, and its rank correlation with the singular values, by layer."""
 
-    rows: int
+    rows: Count
     spearman: Values = Field(default={})
 
     @property

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import FileSystemLoader
 from jinja2.sandbox import SandboxedEnvironment
 
-from lorica.errors import LoricaError
+from lorica.files import make_folder, write_text, writing
 from lorica.report.chain import chains
 from lorica.report.chain_part import chain_part
 from lorica.report.compare import compare_part, comparisons
@@ -43,16 +43,14 @@ def write_report(runs: Iterable[Mapping[str, Any] | Path | str], output_dir: Pat
         The path of ``report.html``.
 
     Raises:
-        LoricaError: no record, a record that cannot be read, or a folder that cannot be written.
+        LoricaError: no record, a record that cannot be read, or a folder that cannot be written (``CannotWrite``).
     """
     parts = report_parts(read_records(runs))
     folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARKDOWN_NAME).write_text(markdown_report(parts), encoding="utf-8")
-        (folder / HTML_NAME).write_text(html_report(parts), encoding="utf-8")
-    except OSError as error:
-        raise LoricaError(f"{folder}: the report cannot be written there ({error.strerror})") from None
+    with writing(folder, f"{folder}: the report cannot be written there"):
+        make_folder(folder)
+        write_text(folder / MARKDOWN_NAME, markdown_report(parts))
+        write_text(folder / HTML_NAME, html_report(parts))
     return folder / HTML_NAME
 
 

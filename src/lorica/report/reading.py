@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorica.errors import LoricaError, did_you_mean
+from lorica.errors import LoricaError, did_you_mean, one_line
+from lorica.json_file import read_json
 from lorica.report.inspection_record import InspectionRecord
 from lorica.report.records import SCHEMA, JudgeRecord, RunRecord, TrainRecord
 
@@ -19,6 +19,7 @@ SWEEP = "sweep"
 """The folder of the runs that a learning rate was chosen on; they are no results."""
 
 Record = RunRecord | TrainRecord | JudgeRecord | InspectionRecord
+Item = Record | Mapping[str, Any] | Path
 _KINDS: dict[str, type[Record]] = {
     "run": RunRecord,
     "train": TrainRecord,
@@ -39,7 +40,7 @@ def read_record(source: Mapping[str, Any] | Path | str) -> Record:
     """
     if isinstance(source, Mapping):
         return _validated(_finite(source), "run record")
-    return _validated(_parsed(Path(source)), str(source))
+    return _validated(read_json(source, "run record"), str(source))
 
 
 def read_records(sources: Iterable[Mapping[str, Any] | Path | str]) -> list[Record]:
@@ -48,13 +49,14 @@ def read_records(sources: Iterable[Mapping[str, Any] | Path | str]) -> list[Reco
     A folder stands for the records anywhere in it, but for those below a folder ``sweep``; a file may also hold a
     list of records.
     """
-    records = [read_record(item) for item in _once(item for source in sources for item in _expand(source))]
+    items = _once(item for source in sources for item in _expand(source))
+    records = [item if isinstance(item, Record) else read_record(item) for item in items]
     if not records:
         raise LoricaError("nothing to report: give at least one run record or output folder")
     return records
 
 
-def _once(items: Iterable[Mapping[str, Any] | Path]) -> Iterator[Mapping[str, Any] | Path]:
+def _once(items: Iterable[Item]) -> Iterator[Item]:
     seen: set[Path] = set()
     for item in items:
         if isinstance(item, Path):
@@ -64,13 +66,15 @@ def _once(items: Iterable[Mapping[str, Any] | Path]) -> Iterator[Mapping[str, An
         yield item
 
 
-def _expand(source: Mapping[str, Any] | Path | str) -> Sequence[Mapping[str, Any] | Path]:
+def _expand(source: Mapping[str, Any] | Path | str) -> Sequence[Item]:
     if isinstance(source, Mapping):
         return [source]
     path = Path(source)
     if not path.is_dir():
-        data = _parsed(path)
-        return [_item(one, path) for one in data] if isinstance(data, list) else [path]
+        data = read_json(path, "run record")
+        if data == []:
+            raise LoricaError(f"{path}: an empty list; there is no run record in it")
+        return [_item(one, path, number) for number, one in enumerate(data)] if isinstance(data, list) else [path]
     below = (file for name in FILE_NAMES for file in path.rglob(name))
     files = sorted(file for file in below if file.is_file() and SWEEP not in file.relative_to(path).parts)
     if not files:
@@ -78,36 +82,28 @@ def _expand(source: Mapping[str, Any] | Path | str) -> Sequence[Mapping[str, Any
     return files
 
 
-def _item(data: Any, path: Path) -> Mapping[str, Any]:
+def _item(data: Any, path: Path, number: int) -> Record:
     if not isinstance(data, dict):
         raise LoricaError(f"{path}: a run record is a JSON object, this list holds a {type(data).__name__}")
-    return data
-
-
-def _parsed(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except OSError as error:
-        raise LoricaError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise LoricaError(f"{path}: not a JSON file ({error})") from None
+    return _validated(data, f"{path}[{number}]")
 
 
 def _validated(data: Any, where: str) -> Record:
     if not isinstance(data, dict):
         raise LoricaError(f"{where}: a run record is a JSON object, this is a {type(data).__name__}")
-    if data.get("schema") != SCHEMA:
-        raise LoricaError(f"{where}: field 'schema' is {data.get('schema')!r}; this version reads {SCHEMA}")
-    kind = data.get("kind")
-    if kind not in _KINDS:
-        hint = did_you_mean(str(kind), _KINDS)
-        raise LoricaError(f"{where}: field 'kind' is {kind!r}, not one of {', '.join(_KINDS)}.{hint}")
+    schema, kind = data.get("schema"), data.get("kind")
+    if schema != SCHEMA:
+        told = one_line(repr(schema), 60)
+        raise LoricaError(f"{where}: field 'schema' is {told}; this version reads {SCHEMA}")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        hint, told = did_you_mean(str(kind), _KINDS), one_line(repr(kind), 60)
+        raise LoricaError(f"{where}: field 'kind' is {told}, not one of {', '.join(_KINDS)}.{hint}")
     try:
         return _KINDS[kind].model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "scores"
-        raise LoricaError(f"{where}: field {field!r}: {first['msg']}") from None
+        field = one_line(".".join(str(part) for part in first["loc"]) or "scores")
+        raise LoricaError(f"{where}: field {field!r}: {one_line(first['msg'])}") from None
 
 
 def _finite(value: Any) -> Any:
@@ -117,7 +113,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from lorica.errors import LoricaError
 from lorica.scores import FloatArray, ScoreMatrix
 
 SCHEMA = 1
 
-Values = dict[str, float | None]
+Number = Annotated[float, Field(ge=-1e150, le=1e150)]
+"""Beyond that squares and ratios would be no numbers any more; even a run that diverges stays below."""
+
+Count = Annotated[int, Field(ge=0, le=2**63)]
+Side = Annotated[int, Field(ge=1, le=2**31)]
+Values = dict[str, Number | None]
 
 
 class _Part(BaseModel):
@@ -25,22 +31,22 @@ class _Part(BaseModel):
 class Cost(_Part):
     """What a run took; every figure is optional."""
 
-    seconds: float | None = None
-    training_seconds: float | None = None
-    steps: int | None = None
-    seconds_per_step: float | None = None
-    peak_rss_bytes: int | None = None
-    trainable_parameters: int | None = None
-    trained_bytes: int | None = None
+    seconds: Number | None = None
+    training_seconds: Number | None = None
+    steps: Count | None = None
+    seconds_per_step: Number | None = None
+    peak_rss_bytes: Count | None = None
+    trainable_parameters: Count | None = None
+    trained_bytes: Count | None = None
 
 
 class PlanEntry(_Part):
     """How much of one weight is protected: ``k`` directions, a share of min(M, N); ``free`` coordinates train."""
 
     name: str
-    shape: list[int]
-    k: int
-    free: int
+    shape: list[Side] = Field(min_length=1)
+    k: Count
+    free: Count
     share: float = Field(ge=0, le=1)
     source: str
     constraint: str
@@ -49,8 +55,14 @@ class PlanEntry(_Part):
 class Spectrum(_Part):
     """Some singular values of a weight, descending, and which they are, from 0."""
 
-    index: list[int] = Field(min_length=1)
-    sigma: list[float] = Field(min_length=1)
+    index: list[Count] = Field(min_length=1)
+    sigma: list[Annotated[Number, Field(ge=0)]] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Spectrum:
+        if len(self.index) != len(self.sigma):
+            raise ValueError(f"{len(self.index)} places and {len(self.sigma)} singular values")
+        return self
 
 
 class Leak(_Part):
@@ -60,29 +72,29 @@ class Leak(_Part):
     """
 
     name: str
-    leak_u: float | None = Field(default=None, ge=0)
-    leak_v: float | None = Field(default=None, ge=0)
-    unconstrained_u: float | None = Field(default=None, ge=0)
-    unconstrained_v: float | None = Field(default=None, ge=0)
-    relative_change: float | None = None
-    shape: list[int] = []
-    k: int = 0
+    leak_u: Number | None = Field(default=None, ge=0)
+    leak_v: Number | None = Field(default=None, ge=0)
+    unconstrained_u: Number | None = Field(default=None, ge=0)
+    unconstrained_v: Number | None = Field(default=None, ge=0)
+    relative_change: Number | None = None
+    shape: list[Side] = []
+    k: Count = 0
     spectrum: Spectrum | None = None
 
 
 class LossPoint(_Part):
     """Training loss at one optimizer step; null where it was no number."""
 
-    step: int
-    loss: float | None = None
-    learning_rate: float | None = None
+    step: Count
+    loss: Number | None = None
+    learning_rate: Number | None = None
 
 
 class Measured(_Part):
     """One evaluation: figures by name, or by set and then name."""
 
     eval: Values = {}
-    retention: dict[str, float | Values | None] = {}
+    retention: dict[str, Number | Values | None] = {}
 
 
 class BeforeAfter(_Part):
@@ -103,10 +115,10 @@ class Data(_Part):
 class _Record(_Part):
     method: str
     label: str = ""
-    seed: int | None = None
+    seed: Count | None = None
     model: str | None = None
-    model_parameters: int | None = None
-    learning_rate: float | None = None
+    model_parameters: Count | None = None
+    learning_rate: Number | None = None
     cost: Cost = Cost()
     plan: list[PlanEntry] = []
     leakage: list[Leak] = []
@@ -132,18 +144,26 @@ class MethodFacts(_Part):
 class Candidate(_Part):
     """What one learning rate reached on the rows it was chosen on; of each held-out ability before and after."""
 
-    average_accuracy: float | None = None
-    learning_accuracy: float | None = None
-    retention: dict[str, list[float | None]] = {}
+    average_accuracy: Number | None = None
+    learning_accuracy: Number | None = None
+    retention: dict[str, list[Number | None]] = {}
 
 
 class Sweep(_Part):
     """The choice of a learning rate: the grid, the figures by rate as text, and which rate it was."""
 
-    selected: float
+    selected: Number
     selected_by: str
     at_edge_of_grid: bool = False
     validation: dict[str, Candidate] = {}
+
+    @field_validator("validation")
+    @classmethod
+    def _rates(cls, validation: dict[str, Candidate]) -> dict[str, Candidate]:
+        for rate in validation:
+            if not math.isfinite(float(rate)):
+                raise ValueError(f"{rate!r} is no learning rate")
+        return validation
 
 
 class RunRecord(_Record):
@@ -155,19 +175,19 @@ class RunRecord(_Record):
     stream: str
     stream_version: int | str | None = None
     tasks: list[str]
-    scores: list[list[float | None]]
-    retention: dict[str, list[float | None]] = {}
+    scores: list[list[Number | None]]
+    retention: dict[str, list[Number | None]] = {}
     name: str | None = None
     order: str | None = None
     left_out: list[str] = []
     facts: MethodFacts | None = None
     sweep: Sweep | None = None
-    beside: dict[str, dict[str, list[float | None]]] = {}
+    beside: dict[str, dict[str, list[Number | None]]] = {}
     row_scores: dict[str, str] = {}
     metric_names: dict[str, str] = {}
-    floors: dict[str, float] = {}
-    carried_bytes: list[int] = []
-    worst_leakage: list[float | None] = []
+    floors: dict[str, Number] = {}
+    carried_bytes: list[Count] = []
+    worst_leakage: list[Number | None] = []
     data: dict[str, Any] = {}
     config: dict[str, Any] = {}
 
@@ -217,7 +237,7 @@ class Parent(_Part):
 
     model: str | None = None
     weights_sha256: str | None = None
-    updates: int = 0
+    updates: Count = 0
 
 
 class TrainRecord(_Record):
@@ -232,23 +252,23 @@ class TrainRecord(_Record):
     data: Data = Data()
     parent: Parent = Parent()
     weights_sha256: str | None = None
-    carried_bytes: int | None = None
-    rejected: dict[str, float] = {}
+    carried_bytes: Count | None = None
+    rejected: dict[str, Number] = {}
 
 
 class Share(_Part):
     """A percentage with the ends of its interval."""
 
-    percent: float
-    low: float | None = None
-    high: float | None = None
+    percent: Number
+    low: Number | None = None
+    high: Number | None = None
 
 
 class BothSides(_Part):
     """A figure of the model before and of the one after."""
 
-    before: float | None = None
-    after: float | None = None
+    before: Number | None = None
+    after: Number | None = None
 
 
 class JudgeRecord(_Part):
@@ -259,15 +279,15 @@ class JudgeRecord(_Part):
     win: Share
     tie: Share
     lose: Share
-    prompts: int
-    level: float = 0.95
-    ties: dict[str, int] = {}
+    prompts: Count
+    level: float = Field(default=0.95, gt=0, lt=1)
+    ties: dict[str, Count] = {}
     judge: dict[str, Any] = {}
     keyword_refusal_rate: BothSides = BothSides()
     cut_answers: BothSides = BothSides()
-    max_new_tokens: int | None = None
+    max_new_tokens: Count | None = None
     files: dict[str, Any] = {}
-    limit: int | None = None
+    limit: Count | None = None
     versions: dict[str, Any] = {}
     hardware: dict[str, Any] = {}
     git_revision: str | None = None

@@ -244,6 +244,9 @@ class _ReadOff(Basis):
 DERIVED_ERROR = 1e-6
 """Largest relative error of a Z that is read off the weight: directions of small singular values drown in rounding."""
 
+READABLE = (1e-20, 1e20)
+"""Singular values of a weight that Z can be read off: products with others under- or overflow in float32."""
+
 
 def free_basis(protected_DK: Tensor, dtype: torch.dtype, weight_DS: Tensor | None = None) -> Basis:
     """Return the cheapest basis of the complement of the given directions.
@@ -281,7 +284,9 @@ def read_off(protected_DK: Tensor, z_DK: Tensor, weight_DS: Tensor, dtype: torch
     minus_p_KK = protected_DK[:k] - 2 * z_DK[:k] @ (z_DK.T @ protected_DK)
     upper_KK = z_DK[:k].T @ minus_p_KK - z_DK.T @ protected_DK
     pulled_SK = weight_DS.double().T @ protected_DK
-    scale = pulled_SK.square().sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    scale = pulled_SK.square().sum(0)
+    if not bool(((scale >= READABLE[0] ** 2) & (scale <= READABLE[1] ** 2)).all()):
+        return None
     parts = (minus_p_KK, -pulled_SK / scale)
     head, tail = (torch.linalg.solve_triangular(upper_KK, part, upper=True, left=False).to(dtype) for part in parts)
     error_DK = weight_DS.to(dtype) @ tail

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from torch import Tensor
 
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, did_you_mean, one_line
+from lorica.files import write_text
+from lorica.json_file import read_json
 
 Constraint = Literal["two-sided", "input", "output", "block"]
 Source = Literal["weight", "activation", "hybrid"]
 
 MEASURED: tuple[Source, ...] = ("activation", "hybrid")
 """The sources that look at a layer's inputs and so need calibration."""
+
+Size = Annotated[int, Field(ge=1, le=2**31)]
+"""Of one side of a weight; above that nothing fits any memory, and sums of sizes would not fit a line."""
 
 Pair = tuple[Tensor, Tensor]
 """Orthonormal directions of one weight's outputs (M x A) and inputs (N x B)."""
@@ -41,7 +47,7 @@ class PlanEntry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[Size, Size]
     k: int = Field(ge=0)
     source: Source = "weight"
     constraint: Constraint = "two-sided"
@@ -129,8 +135,7 @@ class Plan(BaseModel):
     def _names_each_once(self) -> Self:
         if not self.entries:
             raise ValueError("entries is empty: a plan names at least one weight")
-        names = list(self.names())
-        twice = next((name for name in names if names.count(name) > 1), None)
+        twice = next((name for name, count in Counter(self.names()).items() if count > 1), None)
         if twice is not None:
             raise ValueError(f"{twice} is planned twice")
         return self
@@ -189,7 +194,7 @@ class Plan(BaseModel):
         head = self.model_dump(mode="json", exclude={"entries"})
         lines = ",\n".join("    " + json.dumps(entry.model_dump(mode="json")) for entry in self.entries)
         text = json.dumps(head, indent=2)[:-2] + f',\n  "entries": [\n{lines}\n  ]\n}}\n'
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(Path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -198,12 +203,10 @@ class Plan(BaseModel):
         Raises:
             LoricaError: no such file, no JSON, an unknown or missing field, no entries, or a k out of range.
         """
+        data = read_json(path, "plan", constants=True)  # what is wrong with one is told with its place
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             return cls.model_validate(data)
-        except OSError as error:
-            raise LoricaError(f"{path}: cannot read the plan: {error.strerror}") from error
-        except ValueError as error:
+        except ValidationError as error:
             raise LoricaError(f"{path}: not a plan: {_first_problem(error)}") from error
 
     def table(self) -> str:
@@ -240,9 +243,12 @@ def _aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
     ]
 
 
-def _first_problem(error: ValueError) -> str:
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else str(first["msg"])
+def _first_problem(error: ValidationError) -> str:
+    found = error.errors()  # of a misspelt field both names are among them: the one that is there says more
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    where = one_line(".".join(str(part) for part in first["loc"]))
+    reason = one_line(first["msg"])
+    if first["type"] == "extra_forbidden":
+        known = sorted({*Plan.model_fields, *PlanEntry.model_fields})
+        reason += f".{did_you_mean(str(first['loc'][-1]), known)}"
+    return f"{where}: {reason}" if where else reason

@@ -98,6 +98,11 @@ def _of_source(
                 f"{entry.name}: source {entry.source!r} needs calibration inputs, which a saved plan does not hold; "
                 "make the plan anew with lorica.plan(calibration=...)"
             )
+        if not bool(moment_NN.isfinite().all()):
+            raise LoricaError(
+                f"{entry.name}: the calibration inputs reach it as NaN or inf: a weight before it is too large, or the "
+                "inputs are no numbers"
+            )
         principal_NN = torch.linalg.eigh(moment_NN.double()).eigenvectors.flip(1).to(weight_MN.device)
         v = hybrid_inputs(principal_NN, v, entry.k)
     directions = Protected(

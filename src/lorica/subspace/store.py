@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.files import written_aside
+from lorica.files import CannotWrite, write_text, written_aside
 from lorica.subspace.linalg import HalfSplit, Split, check_count, half_split, is_split_of, whole_split
 
 FOLDER, LIMIT = "LORICA_CACHE", "LORICA_CACHE_GB"
@@ -159,7 +159,7 @@ class SplitStore:
             with written_aside(self._file(key)) as aside:
                 save_file(tensors, aside)
             found[self._file(key)] = size
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CannotWrite) as error:
             self._warn(error)
             return False
         return True
@@ -212,9 +212,8 @@ class SplitStore:
 
     def _remember(self, name: str, weight_MN: Tensor, key: str) -> None:
         try:
-            with written_aside(self._note(name, weight_MN)) as aside:
-                aside.write_text(key, encoding="ascii")
-        except OSError as error:
+            write_text(self._note(name, weight_MN), key)
+        except (OSError, CannotWrite) as error:
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:

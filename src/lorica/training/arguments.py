@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import typing
 from dataclasses import fields
 from typing import Any
@@ -38,18 +39,33 @@ DEFAULTS: dict[str, Any] = {
 OWN = {"output_dir", "do_train", "do_eval", "do_predict", "remove_unused_columns", "predict_with_generate"}
 """Arguments that Lorica sets itself."""
 
+_UPLOAD = (
+    "the Trainer would upload checkpoints and all else in the folder. When the model is done, read lorica.json, "
+    "which tells how it was made, and upload what belongs to it: hf upload OWNER/NAME OUTPUT_DIR . --private "
+    "--include '*.safetensors' --include '*.json' --include '*.jinja' --include '*.txt' --include '*.model' "
+    "--exclude 'checkpoint-*/*'"
+)
+_TOKEN = "a token would end up in files and in the list of processes; set the environment variable HF_TOKEN instead"
+
 REFUSED = {
-    "hub_token": "a token would end up in files; set the environment variable HF_TOKEN instead",
-    "push_to_hub": "the Trainer would push checkpoints, not the finished model; push the output folder when it is done",
+    "hub_token": _TOKEN,
+    "push_to_hub_token": _TOKEN,
+    "token": _TOKEN,
+    "push_to_hub": _UPLOAD,
+    "hub_model_id": _UPLOAD,
+    "hub_strategy": _UPLOAD,
+    "hub_always_push": _UPLOAD,
+    "hub_revision": _UPLOAD,
+    "auto_find_batch_size": "it would begin again on weights that have trained already; a micro-batch that does not "
+    "fit into memory is run in halves by itself",
 }
-"""Arguments that do harm here, and why."""
+"""Arguments that do harm here, and why; saying no to them is taken."""
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
     "group_by_length": "train_sampling_strategy",
     "gradient_checkpointing": "activation_checkpointing",
     "no_cuda": "use_cpu",
-    "push_to_hub_token": "hub_token",
     "warmup_ratio": "warmup_steps",
 }
 """Names that transformers 5 has given up, and what they are called now."""
@@ -92,7 +108,7 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
     for name, value in given.items():
         if name in OWN:
             raise LoricaError(f"{where}--{name} is set by lorica train itself; leave it out")
-        if name in REFUSED:
+        if name in REFUSED and str(value).lower() not in ("none", "false"):
             raise LoricaError(f"{where}--{name} is not taken: {REFUSED[name]}")
         if name in RENAMED and name not in known:
             raise LoricaError(f"{where}unknown option --{name}: transformers 5 calls it --{RENAMED[name]}")
@@ -125,6 +141,7 @@ def training_arguments(
     Raises:
         LoricaError: see ``check_arguments``; or a value makes no sense, or transformers refuses the combination.
     """
+    _refuse_processes(int(os.environ.get("WORLD_SIZE") or 1))
     checked = check_arguments(given)
     kind = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
     stray = sorted(set(checked) - {f.name for f in fields(kind)})
@@ -137,6 +154,8 @@ def training_arguments(
         arguments = kind(output_dir=output_dir, remove_unused_columns=False, **DEFAULTS | rate | checked)
     except (ValueError, TypeError, ImportError) as error:
         raise LoricaError(f"transformers refuses these training arguments: {error}") from error
+    if "report_to" not in checked:
+        arguments.report_to = []  # within Kubeflow transformers adds a tracker by itself
     _check_values(arguments, checked)
     check_optimizer(arguments)
     if optimizer_in_backward:
@@ -196,8 +215,13 @@ def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
         raise LoricaError("--num_train_epochs 0 trains nothing; give a number above 0, or --max_steps")
     if "eval_steps" in given and arguments.eval_strategy == "no":
         raise LoricaError("--eval_steps has no effect without --eval_strategy steps")
-    if arguments.world_size > 1 or arguments.n_gpu > 1:
+    _refuse_processes(max(arguments.world_size, arguments.n_gpu))
+
+
+def _refuse_processes(count: int) -> None:
+    """Refuse more than one; of torchrun's, before any of them waits for the others."""
+    if count > 1:
         raise LoricaError(
-            f"{max(arguments.world_size, arguments.n_gpu)} processes or GPUs: lorica train runs on one device for now; "
-            "set CUDA_VISIBLE_DEVICES to one, or use lorica.protect in a script of your own"
+            f"{count} processes or GPUs: Lorica runs on one device for now; start it without torchrun or accelerate "
+            "launch, and set CUDA_VISIBLE_DEVICES to one GPU"
         )

@@ -1,47 +1,51 @@
-"""The Trainer's checkpoints: which one to go on from, whether it belongs to this run, and when it is not needed."""
+"""The Trainer's checkpoints: which one to go on from, how it is read, and when it is not needed."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import nn
-from transformers import TrainingArguments
 
 from lorica.constrain.checkpoint import open_weights
+from lorica.constrain.kept import BASES, KeptBases, bases_problem
 from lorica.errors import LoricaError
+from lorica.files import remove_folder
+from lorica.json_file import load_json
+from lorica.training.exact import OPTIMIZER
+from lorica.training.identity import IDENTITY_FILE
 from lorica.training.manifest import damage
+from lorica.training.trust import distrusted, writable_by_others
 
 STATE = "training_state"
 """Folder of everything but the weights: at the top of a checkpoint loaders would take it for weights."""
 
-IDENTITY_FILE = "update.json"
-"""Written before training starts; removed with the checkpoints when it has ended."""
+BASES_NOTE = "bases.json"
+"""File of a checkpoint that names the bases that its weights were trained in."""
+
+_WITHOUT_OPTIMIZER = "; --reset_optimizer goes on from its weights with a new optimizer state"
 
 MAPPED_SHARE = 1 / 16
 """So much of a checkpoint is read before its file is opened anew."""
 
-TRAJECTORY = (
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "optim", "optim_args",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed", "bf16", "fp16",
-    "label_smoothing_factor", "neftune_noise_alpha", "dataloader_drop_last", "train_sampling_strategy",
-)  # fmt: skip
-"""Training arguments on which the weights depend: a resumed run must have the same."""
 
-
-def checkpoint_to_resume(asked: str | bool | None, output_dir: str, say: Callable[[str], None] = print) -> str | None:
+def checkpoint_to_resume(
+    asked: str | bool | None,
+    output_dir: str,
+    say: Callable[[str], None] = print,
+    *,
+    reset_optimizer: bool = False,
+) -> str | None:
     """Return the checkpoint folder that ``resume_from_checkpoint`` means, or None for a fresh start.
 
     Args:
         asked: "true" or True for the newest complete one in ``output_dir``, "false", False or None for none, else one
             of the checkpoint folders in ``output_dir``.
         say: is told of each checkpoint that was passed over, and why.
+        reset_optimizer: take one whose optimizer state is damaged or missing as well.
 
     Raises:
         LoricaError: there is no such checkpoint, it lies elsewhere, or it is damaged.
@@ -51,7 +55,7 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str, say: Callabl
         return None
     folder = Path(output_dir)
     if text == "true":
-        return str(_newest_complete(folder, say))
+        return str(_newest_complete(folder, say, reset_optimizer))
     named = Path(str(asked))
     if not (named / "trainer_state.json").is_file():
         raise LoricaError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json)")
@@ -59,9 +63,15 @@ def checkpoint_to_resume(asked: str | bool | None, output_dir: str, say: Callabl
         raise LoricaError(
             f"--resume_from_checkpoint {asked} lies outside --output_dir {output_dir}; a run goes on where it began"
         )
-    if wrong := unusable(named):
+    if wrong := unusable(named, reset_optimizer=reset_optimizer):
         raise LoricaError(f"--resume_from_checkpoint {asked}: {wrong}; 'true' takes the newest that is complete")
+    _tell_who_may_write(named, say)
     return str(named)
+
+
+def _tell_who_may_write(folder: Path, say: Callable[[str], None]) -> None:
+    if told := writable_by_others(folder):
+        say(f"notice: {told}")
 
 
 def checkpoints_in(output_dir: Path) -> list[Path]:
@@ -70,59 +80,78 @@ def checkpoints_in(output_dir: Path) -> list[Path]:
     return sorted((folder for folder in named if folder.is_dir()), key=lambda folder: int(folder.name.split("-")[1]))
 
 
-def unusable(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed from, None where it can."""
-    if wrong := damage(folder):
-        return wrong
+def unusable(folder: Path, *, reset_optimizer: bool = False) -> str | None:
+    """Return why a checkpoint cannot be resumed from, None where it can.
+
+    Args:
+        reset_optimizer: whether the optimizer's state does not matter.
+    """
+    optimizer = f"{STATE}/{OPTIMIZER}."
+    if wrong := distrusted(folder) or damage(folder, optimizer if reset_optimizer else None):
+        way = "" if reset_optimizer or distrusted(folder) or damage(folder, optimizer) else _WITHOUT_OPTIMIZER
+        return wrong + way
     if not (folder / STATE).is_dir():
         return "it holds no optimizer state (--save_only_model): going on without would be another run"
+    return bases_lost(folder)
+
+
+def bases_lost(folder: Path) -> str | None:
+    """Return what is wrong with the bases that a checkpoint was trained in; None: nothing, or it needs none."""
+    try:
+        noted = bases_of(folder)
+    except LoricaError as error:
+        return str(error)
+    return None if noted is None else bases_problem(folder.parent / BASES, noted)
+
+
+def note_bases(folder: Path, digest: str) -> None:
+    """Write down the SHA-256 of the bases that a checkpoint's weights are trained in."""
+    (folder / BASES_NOTE).write_text(json.dumps({"file": BASES, "sha256": digest}) + "\n", encoding="utf-8")
+
+
+def bases_of(folder: Path) -> str | None:
+    """Return the SHA-256 of the bases that a complete checkpoint names; None where it needs none.
+
+    Raises:
+        LoricaError: the note cannot be read.
+    """
+    file = folder / BASES_NOTE
+    try:
+        return str(load_json(file, constants=True)["sha256"]) if file.exists() else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LoricaError(f"{file}: cannot tell which bases the checkpoint belongs to: {error}") from error
+
+
+def kept_bases(checkpoint: str | Path | None) -> KeptBases | None:
+    """Return the bases to go on with from a checkpoint that is usable; None where it needs none."""
+    if checkpoint is None or bases_of(Path(checkpoint)) is None:
+        return None
+    return KeptBases(Path(checkpoint).parent / BASES)
+
+
+def newest_complete(output_dir: Path, say: Callable[[str], None], *, reset_optimizer: bool = False) -> Path | None:
+    """Return the newest checkpoint to resume from, or None; ``say`` is told of those passed over."""
+    for folder in reversed(checkpoints_in(output_dir)):
+        wrong = unusable(folder, reset_optimizer=reset_optimizer)
+        if wrong is None:
+            _tell_who_may_write(folder, say)
+            return folder
+        say(f"notice: {folder} is passed over: {wrong}")
     return None
 
 
-def _newest_complete(output_dir: Path, say: Callable[[str], None]) -> Path:
+def _newest_complete(output_dir: Path, say: Callable[[str], None], reset_optimizer: bool) -> Path:
     found = checkpoints_in(output_dir)
     if not found:
         raise LoricaError(f"--resume_from_checkpoint true: --output_dir {output_dir} holds no checkpoint")
-    for folder in reversed(found):
-        wrong = unusable(folder)
-        if wrong is None:
-            return folder
-        say(f"notice: {folder} is passed over: {wrong}")
+    if newest := newest_complete(output_dir, say, reset_optimizer=reset_optimizer):
+        return newest
+    ended = (output_dir / "lorica.json").exists()
+    way = "; the update there has ended" if ended else "; to begin anew remove the folder, or name another --output_dir"
     raise LoricaError(
         f"--resume_from_checkpoint true: none of the {len(found)} checkpoints in {output_dir} is complete; the newest, "
-        f"{found[-1].name}: {unusable(found[-1])}"
+        f"{found[-1].name}: {unusable(found[-1], reset_optimizer=reset_optimizer)}{way}"
     )
-
-
-def trajectory(arguments: TrainingArguments) -> dict[str, Any]:
-    """Return the training arguments on which the weights depend, as plain data."""
-    known = arguments.to_dict()
-    return {name: known[name] for name in TRAJECTORY if name in known}
-
-
-def write_identity(output_dir: Path, identity: dict[str, Any]) -> None:
-    """Write down what a resumed run must agree with."""
-    (output_dir / IDENTITY_FILE).write_text(json.dumps(identity, indent=1, default=str) + "\n", encoding="utf-8")
-
-
-def check_identity(output_dir: Path, identity: dict[str, Any]) -> None:
-    """Refuse to resume a run that was another one.
-
-    Raises:
-        LoricaError: the identity is missing or unreadable, or names the first field that differs.
-    """
-    file = output_dir / IDENTITY_FILE
-    try:
-        before = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoricaError(f"{file}: cannot tell what run the checkpoint belongs to: {error}") from error
-    now = json.loads(json.dumps(identity, default=str))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise LoricaError(
-                f"--resume_from_checkpoint: {name} was {before.get(name)} and is now {now.get(name)}; give what the "
-                "run began with, or start anew in another --output_dir"
-            )
 
 
 def load_weights(model: nn.Module, folder: Path) -> bool:
@@ -160,5 +189,7 @@ def load_weights(model: nn.Module, folder: Path) -> bool:
 def remove_checkpoints(output_dir: Path) -> None:
     """Remove the checkpoints of an update that has ended; they served to resume it."""
     for folder in checkpoints_in(output_dir):
-        shutil.rmtree(folder)
+        remove_folder(folder)
+    if (bases := (output_dir / BASES).parent).is_dir():
+        remove_folder(bases)
     (output_dir / IDENTITY_FILE).unlink(missing_ok=True)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lorica.errors import LoricaError
-from lorica.training.models import from_pretrained, writes_text
+from lorica.training.models import read_configuration, read_weights, writes_text
 
 
 def read_any_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[Any, bool]:
@@ -22,7 +22,7 @@ def read_any_config(name: str, *, revision: str | None = None, trust_remote_code
     Raises:
         LoricaError: it cannot be found or read, or can do neither.
     """
-    found = from_pretrained(AutoConfig, name, "configuration", revision, trust_remote_code)
+    found = read_configuration(name, revision=revision, trust_remote_code=trust_remote_code)
     if writes_text(found, trust_remote_code=trust_remote_code):
         return found, False
     if found.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
@@ -38,6 +38,7 @@ def read_classifier(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    allow_pickle: bool = False,
     device: torch.device | str = "cpu",
 ) -> tuple[Any, list[str]]:
     """Return a model with one class for each label, and patterns of the parameters that must train for it to learn.
@@ -49,14 +50,13 @@ def read_classifier(
         LoricaError: the model cannot be loaded, or its head is of other labels and just as many.
     """
     numbers = {label: index for index, label in enumerate(labels)}
-    _check_head(from_pretrained(AutoConfig, name, "configuration", revision, trust_remote_code), name, numbers)
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    options |= {"num_labels": len(labels), "label2id": numbers, "id2label": {i: label for label, i in numbers.items()}}
-    options |= {"ignore_mismatched_sizes": True}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    kind = AutoModelForSequenceClassification
-    model, loading = from_pretrained(kind, name, "weights", revision, trust_remote_code, **options)
+    own = read_configuration(name, revision=revision, trust_remote_code=trust_remote_code)
+    _check_head(own, name, numbers)
+    model, loading = read_weights(
+        AutoModelForSequenceClassification, name, revision, trust_remote_code, dtype=dtype,
+        attn_implementation=attn_implementation, allow_pickle=allow_pickle, num_labels=len(labels), label2id=numbers,
+        id2label={index: label for label, index in numbers.items()}, ignore_mismatched_sizes=True,
+    )  # fmt: skip
     inside = f"{model.base_model_prefix}."
     head = {key for key, _ in model.named_parameters() if not key.startswith(inside)}
     new = head | set(loading["missing_keys"])

@@ -43,15 +43,17 @@ class StepInBackward(DelegatingOptimizer):
 
     Args:
         inner: the optimizer that steps. Do not go on using it by itself.
+        check: called with each parameter once its gradient is there, before the step; raises where it is no number.
 
     Raises:
         LoricaError: it is a ``ConstrainedOptimizer``, which needs all gradients together.
     """
 
-    def __init__(self, inner: Optimizer) -> None:
+    def __init__(self, inner: Optimizer, check: Callable[[nn.Parameter], None] | None = None) -> None:
         if isinstance(inner, ConstrainedOptimizer):
             raise LoricaError(f"{OPTION}: a ConstrainedOptimizer projects and clips all gradients together")
         super().__init__(inner)
+        self.check = check
         self._stepped: set[nn.Parameter] = set()
         self._groups: dict[nn.Parameter, int] = {}
         self._hooks: list[Any] = []
@@ -71,6 +73,8 @@ class StepInBackward(DelegatingOptimizer):
                 "accumulation, a second backward pass, or re-entrant checkpointing of a shared layer); leave it out"
             )
         self._stepped.add(parameter)
+        if self.check is not None:
+            self.check(parameter)
         # Looked up each time: load_state_dict makes new groups, and schedulers write to those.
         groups = self.inner.param_groups
         whole = groups[self._groups[parameter]]

@@ -7,16 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorica.constrain.kept import BASES, write_bases
 from lorica.errors import LoricaError
-from lorica.training.checkpoints import STATE, checkpoints_in
-from lorica.training.manifest import write_manifest
-from lorica.training.states import load_tree, random_state, save_tree, set_random_state
+from lorica.files import remove_folder, writing
+from lorica.training.checkpoints import STATE, bases_of, checkpoints_in, note_bases
+from lorica.training.exact import OPTIMIZER, TrainingState, at_epoch_end
+from lorica.training.interrupt import SignalCatcher
+from lorica.training.manifest import MANIFEST, write_manifest
+from lorica.training.models import stored_bytes
+from lorica.training.states import load_tree, save_tree
 
 
 class CheckpointKeeper(TrainerCallback):
     """Writes what the Trainer would pickle as safetensors and JSON, the manifest last, and only then removes old ones.
+
+    With the first checkpoint the method's bases are written beside it; they are the same for all that follow. A
+    checkpoint that is due at the end of an epoch, or of the training, is written after what else is done there, so that
+    none of it is lost.
 
     As a context it takes both over from the Trainer: ``save_only_model`` and ``save_total_limit`` are set so that it
     neither pickles nor removes, and are as they were afterwards.
@@ -24,74 +35,133 @@ class CheckpointKeeper(TrainerCallback):
     Args:
         arguments: of the Trainer.
         resume: the checkpoint to go on from.
-        scaler: of mixed precision in float16.
+        catcher: a checkpoint that is written because of a signal is one to resume from, whatever is asked for.
+        reset_optimizer: leave the optimizer's state of the checkpoint alone and begin a new one.
+
+    Attributes:
+        trainer: set it before training begins.
+        state: of the trainer.
     """
 
-    def __init__(self, arguments: TrainingArguments, resume: str | None) -> None:
-        self.arguments, self.resume = arguments, resume
+    trainer: Any
+    state: TrainingState
+
+    def __init__(
+        self,
+        arguments: TrainingArguments,
+        resume: str | None,
+        catcher: SignalCatcher,
+        *,
+        reset_optimizer: bool = False,
+    ) -> None:
+        self.arguments, self.resume, self.catcher = arguments, resume, catcher
+        self.reset_optimizer = reset_optimizer
         self.keeps_state, self.limit = not arguments.save_only_model, arguments.save_total_limit
-        self.scaler: Any = None
-        self._random: Any = None
+        self._starts_with_scores = bool(arguments.eval_on_start)
+        self._bases = bases_of(Path(resume)) if resume else None
+        self._due = False
+        self._model: Any = None
+        self._optimizer: Any = None
+        self._folder: Path | None = None
 
     def __enter__(self) -> CheckpointKeeper:
         self.arguments.save_only_model, self.arguments.save_total_limit = True, None
+        self.arguments.eval_on_start = self._starts_with_scores and self.resume is None
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.arguments.save_only_model, self.arguments.save_total_limit = not self.keeps_state, self.limit
+        self.arguments.eval_on_start = self._starts_with_scores
+        if isinstance(error, Exception):
+            self._take_back(error)
+
+    def _take_back(self, error: Exception) -> None:
+        """Remove a checkpoint that was not finished; where the system took no more, tell what it needs."""
+        folder = self._folder
+        begun = folder is not None and (folder.is_dir() or str(folder) in str(error))
+        if folder is None or not begun or (folder / MANIFEST).exists():
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        with writing(folder, needs=self._bytes):
+            raise error
+
+    def _bytes(self) -> int:
+        states = tree_leaves(list(self._optimizer.state.values()))
+        return stored_bytes(self._model) + sum(leaf.nbytes for leaf in states if isinstance(leaf, Tensor))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._model, self._optimizer = kwargs["model"], kwargs["optimizer"]
+        self.state = TrainingState(self.trainer)
         if self.resume is None:
             return
         try:
-            tree = load_tree(Path(self.resume) / STATE, "state")
-            kwargs["optimizer"].load_state_dict(tree["optimizer"])
-            kwargs["lr_scheduler"].load_state_dict(tree["scheduler"])
-            if self.scaler is not None:
-                self.scaler.load_state_dict(tree["scaler"])
-            self._random = tree["random"]
+            names = ("state",) if self.reset_optimizer else ("state", OPTIMIZER)
+            found = {name: load_tree(Path(self.resume) / STATE, name) for name in names}
+            self.state.load(found["state"], found.get(OPTIMIZER))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise LoricaError(f"{self.resume}: the optimizer's state cannot be taken over: {error}") from error
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.epoch is not None and state.epoch == int(state.epoch):
-            self._restore_random()  # before the epoch's batches are drawn, as it was
+        self.state.at_epoch_begin(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._restore_random()  # after the batches of the steps that were done are skipped
+        self.state.at_step_begin()
 
-    def _restore_random(self) -> None:
-        if self._random is not None:
-            set_random_state(self._random)
-            self._random = None
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self._folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"  # if any is written next
+        self._due = control.should_save and (at_epoch_end(state) or state.global_step >= state.max_steps)
+        control.should_save = control.should_save and not self._due
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_save = control.should_save or self._due
+        self._due = False
+        return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        output_dir = Path(str(args.output_dir))
-        folder = output_dir / f"checkpoint-{state.global_step}"
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nothing reads, and can hold a token
-        if self.keeps_state:
-            tree = {
-                "optimizer": kwargs["optimizer"].state_dict(),
-                "scheduler": kwargs["lr_scheduler"].state_dict(),
-                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-                "random": random_state(),
-            }
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        if self.keeps_state or self.catcher.signum is not None:
             (folder / STATE).mkdir(exist_ok=True)
-            save_tree(tree, folder / STATE, "state")
+            for name, tree in self.state.trees().items():
+                save_tree(tree, folder / STATE, name)
+            self._keep_bases(folder)
         write_manifest(folder)
-        self._remove_old(output_dir, state.best_model_checkpoint)
+        self._remove_old(folder, state.best_model_checkpoint)
 
-    def _remove_old(self, output_dir: Path, best: str | None) -> None:
+    def _keep_bases(self, folder: Path) -> None:
+        method = self.trainer.method
+        tensors = method.to_keep(self._model) if self._bases is None else None
+        if tensors is not None:
+            self._bases = write_bases(folder.parent / BASES, method.plan, tensors)
+        if self._bases is not None:
+            note_bases(folder, self._bases)
+
+    def keep(self) -> Path | None:
+        """Return the checkpoint of the last step, written now if it has not been; None if no step was taken."""
+        trainer, step = self.trainer, self.trainer.state.global_step
+        folder = Path(str(self.arguments.output_dir)) / f"checkpoint-{step}"
+        if step and not ((folder / MANIFEST).exists() and (folder / STATE).is_dir()):
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(self.arguments, trainer.state, trainer.control)
+        return folder if step else None
+
+    def _remove_old(self, newest: Path, best: str | None) -> None:
+        """Remove what is more than the limit. Above the newest lie those that a resumed run has passed over."""
         if not self.limit or self.limit < 0:
             return
         kept = Path(best).name if best else None
-        old = checkpoints_in(output_dir)[: -self.limit]
-        for folder in old:
+        found = checkpoints_in(newest.parent)
+        place = found.index(newest)
+        for folder in (found[place + 1 :] + found[: place + 1])[: -self.limit]:
             if folder.name != kept:
-                shutil.rmtree(folder)
+                remove_folder(folder)

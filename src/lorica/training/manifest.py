@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from lorica.files import sync_folder, written_aside
+from lorica.errors import one_line
+from lorica.files import difference, listing, sync_folder, sync_tree, write_text
+from lorica.json_file import load_json
 
 MANIFEST = "manifest.json"
 
 
-def write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path, without: Iterable[str] = ()) -> None:
     """Bring all files of a folder to the disk, then list them, with sizes and SHA-256, in ``manifest.json``.
 
     The list is written aside, brought to the disk and renamed: it is there whole or not at all, and so the folder
     counts as complete or not at all, whenever the process or the machine dies.
+
+    Args:
+        without: names in the folder that are not part of it any more.
+
+    Raises:
+        CannotWrite: there is no room for it.
     """
-    files = {}
-    for file in _files(folder):
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": digest}
-    with written_aside(folder / MANIFEST) as aside:
-        aside.write_text(json.dumps({"schema": 1, "files": files}, indent=1) + "\n", encoding="utf-8")
-    for place in (folder, folder.parent):
-        sync_folder(place)
+    left_out = {MANIFEST, *without}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _top(path, folder) not in left_out]
+    files = [path for path in files if not path.name.startswith(f".{MANIFEST}")]
+    sync_tree(folder)
+    found = {"schema": 1, "files": listing(folder, files)}
+    write_text(folder / MANIFEST, json.dumps(found, indent=1) + "\n")
+    sync_folder(folder.parent)
 
 
-def damage(folder: Path) -> str | None:
-    """Return what is wrong with a folder that has, or should have, a manifest; None: it is as it was written."""
+def _top(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).parts[0]
+
+
+def damage(folder: Path, but: str | None = None) -> str | None:
+    """Return what is wrong with a folder that has, or should have, a manifest; None: it is as it was written.
+
+    Args:
+        but: how the names of files begin that do not matter.
+    """
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(one["bytes"]), str(one["sha256"])) for name, one in listed.items()}
+        listed = load_json(folder / MANIFEST)["files"]
+        counted = {name: one for name, one in listed.items() if but is None or not name.startswith(but)}
+        return difference(folder, counted)
     except FileNotFoundError:
         return f"it is incomplete: there is no {MANIFEST}, which is written last"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read: {error}"
-    for name, (size, digest) in expected.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
-                return f"{name} was changed: its SHA-256 is not the one it was written with"
-    return None
-
-
-def _files(folder: Path) -> list[Path]:
-    listed = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(f".{MANIFEST}"))
-    return sorted(path for path in listed if path != folder / MANIFEST)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        return f"{MANIFEST} cannot be read: {one_line(error)}"

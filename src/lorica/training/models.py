@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorica.config import UpdateConfig
 from lorica.data.positions import position_limit as position_limit
 from lorica.errors import LoricaError
+from lorica.files import LEFTOVER, Listing, listing, make_folder, move_into, sync_tree, writing
+from lorica.hub import check_pinned, check_pinned_data, commit_of, is_local
+from lorica.names import check_no_links
+from lorica.redaction import redacted
+from lorica.training.trust import refuse_hub_kernels, refuse_kernels_of, refuse_pickled_weights
 
 _NOT_GENERATIVE = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-LEFTOVERS = {"plan.json", "update.json", "rejected.jsonl"}
+LEFTOVERS = {"plan.json", "update.json", "rejected.jsonl", "bases"}
 """What an update that stopped before its first checkpoint leaves in its output folder."""
 
 MAX_SHARD = "5GB"
@@ -26,6 +33,30 @@ MAX_SHARD = "5GB"
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+_DATA = ("train_file", "dataset_name", "eval_file", "retention_file", "calibration_file", "task_file")
+
+
+def pinned(options: Any) -> Any:
+    """Return a command's options with the commit that its model's revision stands for now in place of the revision.
+
+    So tokenizer, configuration and weights are of one state, and records and resumed runs know which.
+
+    Args:
+        options: with ``model_name_or_path``, ``model_revision`` and ``require_pinned``.
+
+    Raises:
+        LoricaError: ``require_pinned`` is set, and the model or a data set is one of the hub without a whole commit.
+    """
+    name, revision = options.model_name_or_path, options.model_revision
+    if options.require_pinned:
+        check_pinned(name, revision, "--model_revision")
+        check_pinned_data(*(str(value) for field in _DATA for value in _listed(getattr(options, field, None))))
+    changes = {"model_revision": commit_of(name, revision) or revision}
+    return options.model_copy(update=changes) if isinstance(options, BaseModel) else replace(options, **changes)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def load_tokenizer(config: UpdateConfig) -> Any:
@@ -52,6 +83,7 @@ def load_model(config: UpdateConfig, model_config: Any, device: torch.device | s
         model_config,
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         device=device,
@@ -71,6 +103,8 @@ def read_tokenizer(
     Raises:
         LoricaError: the model or the template cannot be found or read.
     """
+    if trust_remote_code:
+        print(f"notice: Python code that comes with {redacted(name)} is run (trust_remote_code)", file=sys.stderr)
     tokenizer = from_pretrained(AutoTokenizer, name, "tokenizer", revision, trust_remote_code)
     if chat_template_path is not None:
         try:
@@ -86,7 +120,7 @@ def read_model_config(name: str, *, revision: str | None = None, trust_remote_co
     Raises:
         LoricaError: it cannot be found or read, or belongs to a model that does not generate text.
     """
-    found = from_pretrained(AutoConfig, name, "configuration", revision, trust_remote_code)
+    found = read_configuration(name, revision=revision, trust_remote_code=trust_remote_code)
     if not writes_text(found, trust_remote_code=trust_remote_code):
         raise LoricaError(
             f"{name} is a {_architecture(found) or found.model_type}, which writes no text; lorica train takes causal "
@@ -122,6 +156,7 @@ def read_model(
     trust_remote_code: bool = False,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    allow_pickle: bool = False,
     device: torch.device | str = "cpu",
 ) -> Any:
     """Return a model with its weights on a device. Other arguments as in ``read_tokenizer``.
@@ -130,21 +165,61 @@ def read_model(
         model_config: of ``read_model_config``.
         dtype: of the weights; "auto": as they are saved.
         attn_implementation: sdpa, eager, ...; transformers' choice by default.
+        allow_pickle: take a folder whose weights are pickles as well; they are read as tensors alone, running no code.
 
     Raises:
-        LoricaError: no weights, some missing, damaged ones, weights that only pickle could load, or an unknown dtype.
+        LoricaError: no weights, some missing, damaged ones, weights that only pickle could load, an unknown dtype, or
+            an attention that would be fetched from the hub.
     """
     kind = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
-    model, loading = from_pretrained(kind, name, "weights", revision, trust_remote_code, **options)
+    model, loading = read_weights(
+        kind, name, revision, trust_remote_code, dtype=dtype, attn_implementation=attn_implementation,
+        allow_pickle=allow_pickle,
+    )  # fmt: skip
     if missing := sorted(loading["missing_keys"]):
         raise LoricaError(
             f"model {name}: {len(missing)} of its weights are missing, such as {missing[0]}; transformers would fill "
             "them with random numbers. Give the folder of the whole model"
         )
     return model.to(device)
+
+
+def read_weights(
+    kind: Any,
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    *,
+    dtype: str,
+    attn_implementation: str | None,
+    allow_pickle: bool,
+    **options: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Return a model of one of transformers' Auto classes, and what is to be said of the loading.
+
+    Raises:
+        LoricaError: see ``read_model``.
+    """
+    refuse_hub_kernels(attn_implementation, "--attn_implementation")
+    if not allow_pickle:
+        refuse_pickled_weights(str(Path(name).expanduser()) if is_local(name) else name, revision)
+    options |= {"dtype": dtype, "output_loading_info": True, "weights_only": True}
+    options |= {"use_safetensors": None if allow_pickle and is_local(name) else True}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    loaded: tuple[Any, dict[str, Any]] = from_pretrained(kind, name, "weights", revision, trust_remote_code, **options)
+    return loaded
+
+
+def read_configuration(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Return a model's configuration, whatever the model does. Arguments as in ``read_tokenizer``.
+
+    Raises:
+        LoricaError: it cannot be found or read, or asks for code of the hub to compute attention with.
+    """
+    found = from_pretrained(AutoConfig, name, "configuration", revision, trust_remote_code)
+    refuse_kernels_of(found, name)
+    return found
 
 
 def from_pretrained(
@@ -156,18 +231,20 @@ def from_pretrained(
         kind: one of transformers' Auto classes.
         what: what is loaded, for the message.
     """
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
+    local = is_local(name)
+    if local and not Path(name).expanduser().is_dir():
         raise LoricaError(f"model {name}: no such folder")
     try:
         return kind.from_pretrained(
-            str(Path(name).expanduser()) if looks_local else name,
+            str(Path(name).expanduser()) if local else name,
             revision=revision or "main",
             trust_remote_code=trust_remote_code,
             **options,
         )
     except Exception as error:  # readers of five file formats, and code of the model's own, raise errors of any kind
         reason = " ".join(str(error).split()) or type(error).__name__
+        if "use_safetensors=True" in reason:
+            reason = "they are not saved as safetensors; `hf download` them, and give the folder with --allow_pickle"
         raise LoricaError(f"model {name}: cannot load the {what}: {reason}") from error
 
 
@@ -194,61 +271,60 @@ def stock_configuration(model: Any) -> Iterator[None]:
 
 
 def check_output_dir(output_dir: str, *, resuming: bool) -> None:
-    """Refuse an output folder that holds something, unless this is a resumption. Nothing is made yet."""
+    """Refuse an output folder that holds something, unless this is a resumption, or links. Nothing is made yet."""
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise LoricaError(f"--output_dir {output_dir} is a file; name a folder")
+    check_no_links(path)
     held = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    if held - LEFTOVERS and not resuming:
-        interrupted = any(path.glob("checkpoint-*")) and not (path / "lorica.json").exists()
-        hint = "add --resume_from_checkpoint true to go on, or " if interrupted else ""
-        raise LoricaError(f"--output_dir {output_dir} is not empty; {hint}name another folder")
+    if not resuming and any(name not in LEFTOVERS and not LEFTOVER.fullmatch(name) for name in held):
+        raise LoricaError(f"--output_dir {output_dir} is not empty; {_what_it_holds(path)}name another folder")
+
+
+def _what_it_holds(folder: Path) -> str:
+    """Return what to do with the folder of an update that was stopped before it ended."""
+    if (folder / "lorica.json").exists():
+        return ""
+    if any(folder.glob("checkpoint-*")):
+        return "add --resume_from_checkpoint true to go on, or "
+    return "it is of an update that did not end: remove it, or " if (folder / "update.json").exists() else ""
 
 
 def make_output_dir(output_dir: str) -> Path:
     """Make the output folder if it is missing."""
     path = Path(output_dir)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path, f"--output_dir {output_dir}: cannot make it"):
+            make_folder(path)
     except OSError as error:
         raise LoricaError(f"--output_dir {output_dir}: cannot make it: {error.strerror}") from error
     return path
 
 
-def save_model(model: Any, tokenizer: Any, output_dir: Path) -> None:
-    """Write a plain model folder, whole or not at all.
+def save_model(model: Any, tokenizer: Any, output_dir: Path) -> Listing:
+    """Write a plain model folder, whole or not at all, and return what it consists of.
 
-    Everything is written into a folder aside first and moved from there, file by file. If anything fails, the
-    files of the same names that were there before are there again, and no new one. Only a process that is killed
-    between two moves leaves a mixture; the older files are then in ``.saving/old``.
+    Everything is written into a folder aside first, brought to the disk, and moved from there, file by file, the
+    weights last. If anything fails, the files of the same names that were there before are there again, and no new
+    one. A process that is killed between two moves leaves a folder that no loader takes for a model, or a whole one.
 
     Raises:
-        LoricaError: the folder cannot be written, such as for want of room.
+        CannotWrite: there is no room for it, or no right to write there.
     """
     aside = output_dir / ".saving"
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD)
-        tokenizer.save_pretrained(aside / "new")
-        _exchange(aside / "new", output_dir, aside / "old")
-    except (OSError, SafetensorError) as error:
-        raise LoricaError(f"--output_dir {output_dir}: cannot write the model: {error}") from error
+        with writing(output_dir, f"--output_dir {output_dir}: cannot write the model", lambda: stored_bytes(model)):
+            model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD)
+            tokenizer.save_pretrained(aside / "new")
+            sync_tree(aside / "new")
+            files = listing(aside / "new")
+            move_into(aside / "new", output_dir, aside / "old")
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+    return files
 
 
-def _exchange(new: Path, target: Path, old: Path) -> None:
-    """Move all files of ``new`` into ``target`` and those they replace into ``old``; undo it if a move fails."""
-    done: list[tuple[Path, Path]] = []
-    try:
-        for file in sorted(path for path in new.rglob("*") if path.is_file()):
-            name = file.relative_to(new)
-            for source, goal in ((target / name, old / name), (file, target / name)):
-                if source.exists():
-                    goal.parent.mkdir(parents=True, exist_ok=True)
-                    source.replace(goal)
-                    done.append((source, goal))
-    except BaseException:
-        for source, goal in reversed(done):
-            goal.replace(source)
-        raise
+def stored_bytes(model: Any) -> int:
+    """Return the bytes of a model's tensors as they are saved."""
+    return sum({id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}.values())

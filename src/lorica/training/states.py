@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, one_line
+from lorica.json_file import load_json
 
 PIECE = 1 << 22
 """Bytes that are read of a file before it is opened anew."""
@@ -40,10 +41,14 @@ def load_tree(folder: Path, name: str) -> Any:
     """Return what ``save_tree`` wrote.
 
     Raises:
-        OSError, ValueError, KeyError, SafetensorError: the files are missing or damaged.
+        OSError, ValueError, SafetensorError: the files are missing or damaged.
     """
     tensors = _read(folder / f"{name}.safetensors")
-    return _nested(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), tensors)
+    plain = load_json(folder / f"{name}.json", constants=True)  # a state may hold an infinity
+    try:
+        return _nested(plain, tensors)
+    except (LookupError, TypeError, AttributeError, ImportError, AssertionError, RuntimeError) as error:
+        raise ValueError(f"{name}.json is no tree of states: {one_line(repr(error))}") from error
 
 
 def _read(file: Path) -> dict[str, Tensor]:
@@ -98,12 +103,19 @@ def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if tag == "tensor":
         return tensors[held]
     if tag == "dtype":
-        return getattr(torch, held)
+        return _dtype(held)
     if tag == "dict":
         return {key: _nested(item, tensors) for key, item in held}
     if tag == "wrapped":
         return _wrapped(held, value, tensors)
     return {"list": list, "tuple": tuple}[tag](_nested(item, tensors) for item in held)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"torch.{name} is no dtype")
+    return found
 
 
 def _wrapped(kind: str, value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Tensor:

@@ -2,54 +2,61 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from lorica.data.dataset import EncodedDataset
 from lorica.data.example import IGNORED_LABEL
-from lorica.errors import Interrupted, LoricaError
+from lorica.errors import Interrupted
 from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
 from lorica.training.checkpoints import load_weights
+from lorica.training.guards import Diverged, WeightWatch, last_good_checkpoint
 from lorica.training.in_backward import StepInBackward, check_embeddings, check_method
 from lorica.training.interrupt import SignalCatcher
 from lorica.training.keeper import CheckpointKeeper
-
-
-class Diverged(LoricaError):
-    """The loss is no number any more.
-
-    Attributes:
-        what: the loss and the step, without advice.
-    """
-
-    def __init__(self, what: str, advice: str) -> None:
-        super().__init__(f"{what}; {advice}")
-        self.what = what
+from lorica.training.micro_batches import MicroBatches
+from lorica.training.rows import Numbered, NumberedCollate, named
+from lorica.training.states import random_state, set_random_state
 
 
 class MethodMixin:
     """Lets a method wrap the optimizer that the Trainer builds, and add to the loss. Put it before a Trainer class.
 
+    It also stops a run before a loss, a gradient or a weight that is no number does harm, runs micro-batches that do
+    not fit into memory in parts (``MicroBatches``), and leaves no trace of an evaluation.
+
     Args:
         method: the method; its ``begin_task`` has been called.
+        rows: what is trained on.
+        collate: makes a batch of rows.
         optimizer_in_backward: step each parameter as soon as the backward pass has its gradient.
     """
 
-    def __init__(self: Any, *args: Any, method: Method, optimizer_in_backward: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self: Any, *, method: Method, rows: Rows, collate: Collate, optimizer_in_backward: bool = False, **kwargs: Any
+    ) -> None:
         if optimizer_in_backward:
             check_method(method)
-        self.method, self.in_backward = method, optimizer_in_backward
+        self.method, self.rows, self.in_backward = method, rows, optimizer_in_backward
         self.stepper: StepInBackward | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(train_dataset=Numbered(rows), data_collator=NumberedCollate(collate), **kwargs)  # type: ignore[call-arg]
+        assert not self.args.remove_unused_columns, "the rows' numbers would be removed"
         self.max_grad_norm = self.args.max_grad_norm
         if method.clips:
             self.args.max_grad_norm = 0.0
+        self.micro_batches = MicroBatches(
+            rows, collate, self._trained, self.args.train_batch_size,
+            repeatable=not optimizer_in_backward, tell=self._note,
+        )  # fmt: skip
+        self.add_callback(WeightWatch(self._stop_at_weight))
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -57,7 +64,7 @@ class MethodMixin:
             wrapped: Any = self.method.wrap_optimizer(self.optimizer, self.max_grad_norm)
             if self.in_backward:
                 check_embeddings(self.model, wrapped)
-                wrapped = self.stepper = StepInBackward(wrapped)
+                wrapped = self.stepper = StepInBackward(wrapped, self._check_gradient)
             self.optimizer = wrapped
         return self.optimizer
 
@@ -73,50 +80,103 @@ class MethodMixin:
             logs.pop("grad_norm", None)  # of gradients that are gone by then
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
+    def _run_epoch(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:  # resumed from its last checkpoint a run has no step left
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not load_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write the model and the tokenizer; the Trainer's own would add a pickle, which can hold a token."""
+        folder = self.args.output_dir if output_dir is None else output_dir
+        self.model.save_pretrained(folder, state_dict=state_dict)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        random, training = random_state(), self.model.training  # the batches' loader draws a number, for one
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            set_random_state(random)
+            self.model.train(training)
+
+    def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
+        batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
+        self.micro_batches.begin_step(self.state.global_step + 1, batches)
+        return batches, num_items_in_batch
+
+    def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        one_pass = super().training_step  # type: ignore[misc]
+        loss: Tensor = self.micro_batches.run(
+            inputs,
+            lambda batch, trained: one_pass(
+                model, batch, trained if num_items_in_batch is None else num_items_in_batch
+            ),
+            model.zero_grad,
+        )
+        self._check_loss(loss)
+        return loss
 
     def compute_loss(
         self: Any, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         labels = inputs["labels"]
+        if self.label_smoother is not None and self.model.config.is_encoder_decoder:  # which the labels are taken from
+            inputs = {**inputs, "decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels=labels)}
         # Without a count the model returns the mean over this micro-batch. With one, some sum and divide by it and
         # some (T5) ignore it, and the Trainer would add such means up as if they were sums.
         loss, outputs = super().compute_loss(model, inputs, True, None)  # type: ignore[misc]
         extra = (
             self.method.penalty(self.model, {**inputs, "labels": labels}, outputs.logits) if model.training else None
         )
-        loss = (loss if extra is None else loss + extra) * self._share(labels, num_items_in_batch)
+        # So a penalty is the same however a step is split.
+        share = 1.0 if num_items_in_batch is None else self._trained(labels) / num_items_in_batch
+        loss = (loss if extra is None else loss + extra) * share
         if self.in_backward and model.training:
-            self._check(loss)  # afterwards the weights would be no numbers either
+            self._check_loss(loss)  # afterwards the weights would be no numbers either
         return (loss, outputs) if return_outputs else loss
 
-    def _share(self: Any, labels: Tensor, num_items_in_batch: Any) -> Any:
-        """Return a micro-batch's part of the step's loss, so that a penalty is the same however a step is split.
-
-        Where the model's loss is a sum over the tokens of all micro-batches, so is the penalty; else the Trainer
-        divides by the number of micro-batches by itself.
-        """
-        if num_items_in_batch is None or not self.model_accepts_loss_kwargs:
-            return 1.0
+    def _trained(self: Any, labels: Tensor) -> Tensor:
+        """Return how many labels are trained. A loss is a mean over them, weighted by their share of a step's labels;
+        where the Trainer divides by the number of micro-batches instead, of a micro-batch's labels."""
         shifted = labels.dim() == 2 and not self.model.config.is_encoder_decoder
-        return (labels[:, 1:] if shifted else labels).ne(IGNORED_LABEL).sum() / num_items_in_batch
+        return (labels[:, 1:] if shifted else labels).ne(IGNORED_LABEL).sum()
 
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        self._check(loss)
-        return loss
+    def _get_grad_norm(self: Any, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # else the scaler skips the step
+            raise self._diverged(f"the norm of the gradients is {float(norm)}", self.micro_batches.whole_step)
+        return norm
 
-    def _check(self: Any, loss: Tensor) -> None:
-        """Stop a run whose loss is no number, before the step."""
+    # --- what stops a run -------------------------------------------------------------------------------------
+
+    def _check_loss(self: Any, loss: Tensor) -> None:
         if not loss.isfinite():
-            last = get_last_checkpoint(self.args.output_dir)
-            kept = f"the last checkpoint is {last}" if last else "no checkpoint was written yet"
-            raise Diverged(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}",
-                f"training stopped before that step. Lower --learning_rate or look at the rows; {kept}",
-            )
+            raise self._diverged(f"the loss is {loss.item()}", self.micro_batches.current)
+
+    def _check_gradient(self: Any, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if not torch.linalg.vector_norm(parameter.grad).isfinite():
+            name = next(name for name, one in self.model.named_parameters() if one is parameter)
+            raise self._diverged(f"the gradient of {name} holds NaN or inf", self.micro_batches.current)
+
+    def _stop_at_weight(self: Any, name: str) -> None:
+        raise self._diverged(f"{name} holds NaN or inf after the optimizer's step,", self.micro_batches.whole_step)
+
+    def _diverged(self: Any, what: str, numbers: Sequence[int]) -> Diverged:
+        return Diverged(
+            f"{what} at step {self.state.global_step + 1}, rows {named(self.rows, numbers)}",
+            "training stopped there. Lower --learning_rate or look at the rows; "
+            + last_good_checkpoint(self.args.output_dir),
+        )
+
+    def _note(self: Any, notice: str) -> None:
+        """Tell of something that the run's record is to hold as well."""
+        print(f"notice: {notice}")
+        self.state.log_history.append({"step": self.state.global_step + 1, "notice": notice})
 
 
 class MethodTrainer(MethodMixin, Trainer):
@@ -137,44 +197,51 @@ def fit(
     *,
     eval_dataset: EncodedDataset | None = None,
     resume_from_checkpoint: str | None = None,
+    reset_optimizer: bool = False,
     optimizer_in_backward: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
-    """Train a prepared model on a dataset and return the Trainer's log.
+    """Train a prepared model on a dataset and return the Trainer's log; ``notice`` are what a record should hold.
 
     Args:
         model: plain or protected; ``method.begin_task`` has been called on it.
         collate: makes a batch of rows.
-        arguments: transformers' TrainingArguments.
+        arguments: transformers' TrainingArguments, without ``remove_unused_columns``.
         eval_dataset: for ``eval_strategy``.
         resume_from_checkpoint: a folder of ``checkpoint_to_resume``.
+        reset_optimizer: go on from there with a new optimizer state.
         optimizer_in_backward: see ``StepInBackward``; the arguments have gone through ``check_in_backward``.
         quiet: print none of the Trainer's log.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was written first.
-        Diverged: the loss became NaN or infinite.
-        LoricaError: the method or the optimizer cannot step in the backward pass.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint of the last finished step was written first.
+        Diverged: the loss, a gradient or a weight became NaN or infinite.
+        LoricaError: the method or the optimizer cannot step in the backward pass; or a row does not fit into memory.
     """
     kind = MethodSeq2SeqTrainer if model.config.is_encoder_decoder else MethodTrainer
-    with SignalCatcher() as catcher, CheckpointKeeper(arguments, resume_from_checkpoint) as keeper:
+    with (
+        SignalCatcher() as catcher,
+        CheckpointKeeper(arguments, resume_from_checkpoint, catcher, reset_optimizer=reset_optimizer) as keeper,
+    ):
         trainer = kind(
             method=method,
+            rows=dataset,
+            collate=collate,
             optimizer_in_backward=optimizer_in_backward,
             model=model,
             args=arguments,
-            train_dataset=dataset,
             eval_dataset=eval_dataset,
-            data_collator=collate,
             processing_class=tokenizer,
             callbacks=[catcher, keeper],
         )
-        keeper.scaler = trainer.accelerator.scaler
+        keeper.trainer = trainer
         if quiet:
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         # Mixed precision wraps ``forward`` on the model itself; without this it would stay there.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
-    if catcher.signum is not None:
-        raise Interrupted(catcher.signum, f"{arguments.output_dir}/checkpoint-{trainer.state.global_step}")
-    return trainer.state.log_history
+        if catcher.signum is not None:
+            raise Interrupted(catcher.signum, str(keeper.keep()))
+    log: list[dict[str, float]] = trainer.state.log_history
+    log[-1]["train_runtime"] += keeper.state.seconds
+    return log

@@ -1,0 +1,65 @@
+"""SIGINT (Ctrl-C) and SIGTERM: the first ends a command in order, the second at once."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from lorica.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def stop(signum: int, frame: FrameType | None) -> None:
+    """Raise ``Interrupted`` where the process is: what was being written is taken back on the way out.
+
+    A second signal is not waited for, not even by a long product of matrices: it ends the process as it would any.
+    While modules are imported the first one ends it too, with the same line and status: libraries try imports and take
+    any exception for a package that is missing, and nothing is being written then.
+    """
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_DFL)
+    if in_worker():
+        raise KeyboardInterrupt  # which torch's and datasets' workers know to be the main process's business
+    if _importing(frame):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"lorica: {Interrupted(signum)}\n".encode())
+        os._exit(128 + signum)
+    raise Interrupted(signum)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def in_worker() -> bool:
+    """Tell whether this process is a worker of another one, from which it has its handlers."""
+    return multiprocessing.parent_process() is not None
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], Any]) -> Iterator[dict[int, Any]]:
+    """Handle the signals in here, and as they were handled before from then on; what is ignored stays ignored.
+
+    Yields:
+        The handlers from before, by signal. Empty in a thread: Python allows handlers in the main thread alone.
+    """
+    before: dict[int, Any] = {}
+    try:
+        with contextlib.suppress(ValueError):
+            for signum in SIGNALS:
+                if signal.getsignal(signum) is not signal.SIG_IGN:
+                    before[signum] = signal.signal(signum, handler)
+        yield before
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

@@ -1,0 +1,1 @@
+"""What an update of a production model must survive: see docs/reliability.md, whose rows these tests carry."""
