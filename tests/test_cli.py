@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lorica
 from lorica import cli
 from lorica.commands.options import normalised
 from lorica.config import UpdateConfig
@@ -77,6 +78,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--train_file", "{rows}", "--plan_file", "{tmp}/none.json"], r"none\.json: cannot read the plan"),
     (["--train_file", "{rows}", "--config", "{yaml}"], r"options\.yaml: unknown option --lr"),
     (["--train_file", "{rows}", "--output_dir", "{tmp}"], r"is not empty"),
+    (["--train_file", "{rows}", "--output_dir", "{empty}/out"], r"--output_dir .*: .*empty\.jsonl is a file"),
+    (["--train_file", "{rows}", "--learning_rate", "--bf16", "false"], r"--learning_rate needs a value"),
     (["--train_file", "{rows}", "--model_name_or_path", "{nan}"], r"self_attn\.q_proj: .*holds NaN or inf"),
 ]  # fmt: skip
 
@@ -168,3 +171,11 @@ def test_command_line_wins_over_the_file(
     assert status == 0, errors
     assert "uniform: 0.5 protected" in out
     assert (tmp_path / "out" / "lorica.json").read_text().count('"max_steps": "2"') == 1
+    assert "Writing model shards" not in errors
+    (tmp_path / "out" / "report.html").unlink()
+    assert command("report", str(tmp_path / "out"))[:2] == (0, f"report: {tmp_path / 'out' / 'report.html'}\n")
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_the_version_is_told(command: Run) -> None:
+    assert command("--version") == (0, f"lorica {lorica.__version__}\n", "")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
+from lorica import __version__
 from lorica.commands import check, inspection, learn, look, score, updates
 from lorica.commands.options import normalised
 from lorica.config import UpdateConfig
@@ -32,6 +34,22 @@ BAD_INPUT = 2
 _ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Fields of TrainingArguments are options too."""
 
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorica {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_any(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of no command of its own."""
+
+
 app.command("demo")(learn.demo)
 app.command("train", context_settings=_ANY_OPTION)(learn.train)
 app.command("run", context_settings=_ANY_OPTION)(learn.run)
@@ -47,6 +65,13 @@ app.command("report")(look.report)
 app.command("list")(look.list_)
 
 
+def _complain(message: str) -> None:
+    """Print on standard error, on a line of its own also where a progress bar has begun one."""
+    from tqdm import tqdm
+
+    tqdm.write(message, file=sys.stderr)
+
+
 def main() -> None:
     """Run the command line.
 
@@ -57,10 +82,10 @@ def main() -> None:
         with handled(stop), writing(None, "the system refused to read or write"):
             app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
     except LoricaError as error:
-        print(f"lorica: {error}", file=sys.stderr)
+        _complain(f"lorica: {error}")
         sys.exit(BAD_INPUT)
     except Interrupted as stopped:
-        print(f"lorica: {stopped}", file=sys.stderr)
+        _complain(f"lorica: {stopped}")
         sys.exit(128 + stopped.signum)
     except Exception:  # a defect of Lorica: with its traceback, but without the tokens that may stand in it
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)

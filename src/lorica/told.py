@@ -81,7 +81,8 @@ def check_room(disk: Disk, output_dir: str) -> None:
     taken = sum(file.stat().st_size for one in checkpoints_in(folder) for file in one.rglob("*") if file.is_file())
     needed, free = disk.output, free_bytes(folder) + taken
     if needed > free:
-        parts = f"{size(disk.model)} the model, {size(disk.checkpoints + disk.bases)} {disk.kept} checkpoints"
+        kept = f"{disk.kept} checkpoint{'s' * (disk.kept != 1)}"
+        parts = f"{size(disk.model)} the model, before it {size(disk.checkpoints + disk.bases)} for {kept}"
         there = size(free) if free else "nothing"
         raise LoricaError(
             f"--output_dir {output_dir}: the run needs {size(needed)} of disk ({parts}) and "

@@ -40,7 +40,7 @@ from lorica.training.checkpoints import (
     kept_bases,
     remove_checkpoints,
 )
-from lorica.training.identity import check_identity, trajectory, write_identity
+from lorica.training.identity import check_identity, goes_by_scores, trajectory, write_identity
 from lorica.training.in_backward import check_method
 from lorica.training.models import (
     check_output_dir,
@@ -89,7 +89,7 @@ class Update:
         if config.eval_file is None and given.get("eval_strategy", "no") != "no":
             raise LoricaError("--eval_strategy needs rows to score: give --eval_file")
         self.resume = checkpoint_to_resume(
-            given.get("resume_from_checkpoint"), config.output_dir, say, reset_optimizer=config.reset_optimizer
+            given.get("resume_from_checkpoint"), config.output_dir, self.say, reset_optimizer=config.reset_optimizer
         )
         self.keeps_checkpoints = any(name.startswith(("save_", "load_best")) for name in given)
         check_output_dir(config.output_dir, resuming=self.resume is not None)
@@ -238,9 +238,11 @@ class Update:
         not_weights |= {"allow_changed", "reset_optimizer", "allow_pickle", "require_pinned", "trust_remote_code"}
         not_weights |= {"train_file"}  # its contents count, wherever they are now
         not_weights |= {"model_name_or_path"} if self.lineage.weights_sha256 else set()
-        not_weights |= {"require_pinned", "allow_pickle"}
         own = self.config.model_dump(mode="json", exclude=not_weights)
         rows = {"sha256 of the training rows": self.inputs.train.sha256}
+        rows |= {"sha256 of the training rows as tokens": self.inputs.train.digest()}
+        if self.inputs.eval is not None and goes_by_scores(self.arguments):
+            rows |= {"sha256 of the rows of --eval_file": self.inputs.eval.sha256}
         model = {"sha256 of the model": self.lineage.weights_sha256}
         identity: dict[str, Any] = redacted(own | trajectory(self.arguments) | rows | model)
         return identity

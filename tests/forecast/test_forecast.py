@@ -151,6 +151,15 @@ def test_disk_by_hand(config_folder: Folder, monkeypatch: pytest.MonkeyPatch, tm
     assert told(folder, save_strategy="no").ways[0].disk.checkpoints == 0
 
 
+def test_the_best_checkpoint_is_kept_beside_the_newest(config_folder: Folder) -> None:
+    chosen = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2}
+    plain, best = (
+        told(config_folder("llama"), max_steps=10, save_steps=2, save_total_limit=1, **options).ways[0].disk
+        for options in ({}, chosen)
+    )
+    assert (best.lasting, 2 * best.checkpoints) == (2, 3 * plain.checkpoints)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(300, 300, 75), (300, 300, 225), (800, 300, 150), (300, 800, 250)])
 def test_the_workspace_covers_the_split_and_not_much_more(m: int, n: int, k: int) -> None:
     weight = torch.randn(m, n, generator=torch.Generator().manual_seed(0))

@@ -25,7 +25,9 @@ import lorica.training.models
 import lorica.update
 from lorica.constrain.reduced import ReducedLinear
 from lorica.errors import Interrupted
+from lorica.signals import handled, stop
 from lorica.training.checkpoints import checkpoints_in, unusable
+from lorica.training.interrupt import SignalCatcher
 from lorica.training.trainer import MethodTrainer
 from tests.experiments.conftest import Write, write  # noqa: F401
 from tests.experiments.conftest import run as run_stream
@@ -270,3 +272,10 @@ def test_a_stopped_stream_goes_on(place: str, write: Write, llama_folder: Path, 
         run_stream(write(), llama_folder, tmp_path / "parts", **options)
     (parts,), _ = run_stream(write(), llama_folder, tmp_path / "parts", **options)
     assert parts["scores"] == whole["scores"]
+
+
+@pytest.mark.reliability("R11")
+def test_a_signal_after_the_last_look_at_it_is_not_lost() -> None:
+    with handled(stop), pytest.raises(Interrupted) as stopped, SignalCatcher():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.signum == signal.SIGTERM

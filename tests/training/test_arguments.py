@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import pytest
 
@@ -67,6 +68,9 @@ def test_a_refusal_of_transformers_is_one_message() -> None:
     ("given", "message"),
     [
         ({"learning_rate": -1.0}, "--learning_rate -1.0 is negative"),
+        ({"learning_rate": "nan"}, "--learning_rate nan is no finite number"),
+        ({"learning_rate": True}, "--learning_rate needs a value"),
+        ({"max_steps": True}, "--max_steps needs a value"),
         ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0 is no number of rows"),
         ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0"),
         ({"num_train_epochs": 0}, "--num_train_epochs 0 trains nothing"),
@@ -98,3 +102,11 @@ def test_a_tracker_that_is_not_there_is_refused() -> None:
     arguments.report_to = ["nobody"]
     with pytest.raises(LoricaError, match=r"--report_to: .*nobody"):
         check_trackers(arguments)
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_both_names_of_gradient_checkpointing_are_taken_without_a_warning(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arguments = training_arguments({name: True}, "out", hidden_size=64, seq2seq=False)
+    assert arguments.gradient_checkpointing

@@ -87,6 +87,12 @@ def test_tensors_come_back_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> No
     assert found["empty"].shape == (0,)
 
 
+def test_tensors_whose_paths_read_alike_stay_apart(tmp_path: Path) -> None:
+    one, two, three = torch.ones(1), 2 * torch.ones(1), 3 * torch.ones(1)
+    save_tree({1: one, "1": two, "a.b": two, "a": {"b": three}}, tmp_path, "x")
+    assert load_tree(tmp_path, "x") == {1: one, "1": two, "a.b": two, "a": {"b": three}}
+
+
 def test_what_only_a_pickle_could_hold_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(LoricaError, match=r"x\.optimizer\.0 is a function, which only a pickle could hold"):
         save_tree({"optimizer": [lambda: None]}, tmp_path, "x")

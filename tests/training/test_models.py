@@ -88,6 +88,23 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
         read_tokenizer(str(tmp_path / "nowhere"))
 
 
+def test_a_folder_that_is_no_model_says_what_is_missing(model_copy: Path) -> None:
+    with pytest.raises(LoricaError, match=r"config\.json is a file; name the model's folder"):
+        read_tokenizer(str(model_copy / "config.json"))
+    for file in model_copy.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(LoricaError, match=r"cannot load the tokenizer: the folder holds none; copy tokenizer\.json"):
+        read_tokenizer(str(model_copy))
+    (model_copy / "config.json").unlink()
+    with pytest.raises(LoricaError, match=r"the folder holds no config\.json"):
+        read_tokenizer(str(model_copy))
+
+
+def test_an_unknown_dtype_is_named_with_those_there_are(model_copy: Path) -> None:
+    with pytest.raises(LoricaError, match="--dtype fp16 is no dtype; give auto, float32, bfloat16 or float16"):
+        read_model(str(model_copy), read_model_config(str(model_copy)), dtype="fp16")
+
+
 def test_home_is_expanded(model_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(model_copy.parent))
     assert read_all("~/model").config.model_type == "llama"

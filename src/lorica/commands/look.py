@@ -70,12 +70,19 @@ def verify(
 
 def report(
     outputs: Annotated[list[str], typer.Argument(help="Output folders or record files.")],
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where report.html and report.md go.")] = Path(),
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--output_dir",
+            help="Where report.html and report.md go. Default: the output folder if it is one, else here.",
+        ),
+    ] = None,
 ) -> None:
     """Rebuild the report of one or more runs from their records."""
     from lorica.report import write_report
 
-    print(write_report(outputs, output_dir))
+    alone = Path(outputs[0]) if len(outputs) == 1 else Path()
+    print(f"report: {write_report(outputs, output_dir or (alone if alone.is_dir() else Path()))}")
 
 
 def list_() -> None:

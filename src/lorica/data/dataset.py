@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,14 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
             **counts.as_dict(),
             "notices": report.notices + counts.notices,
         }
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the rows as tokens: of what is trained, which templates and tokenizers decide too."""
+        found = hashlib.sha256()
+        for row in self.examples:
+            for ids in (row.input_ids, row.labels):
+                found.update(array("q", (len(ids), *ids)))
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self.examples)

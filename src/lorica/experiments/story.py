@@ -22,7 +22,7 @@ from lorica.files import listing
 from lorica.names import check_no_links
 from lorica.record import write_json
 from lorica.redaction import cleaned
-from lorica.training.models import save_model
+from lorica.training.models import save_model, without_bars
 from lorica.training.room import telling_the_way_on
 
 Say = Callable[[str], None]
@@ -117,15 +117,13 @@ class Run:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' progress bars and notices off in here; its errors still show."""
-    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def cell_name(order: str | None, seed: int) -> str:

@@ -178,6 +178,8 @@ def disk(model: Any, step: Step | None, arguments: TrainingArguments, steps: int
     cores = step.steady["cores"] if step else 0
     states = step.steady["optimizer states"] if step and not arguments.save_only_model else 0
     limit = arguments.save_total_limit if (arguments.save_total_limit or 0) > 0 else None
+    if limit is not None and arguments.load_best_model_at_end:
+        limit = max(limit, 2)  # the best one and the newest
     written = _checkpoints(arguments, steps)
     if written is None:  # not known: as many as are kept, or at least two
         written = (limit or 1) + 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import typing
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -58,6 +60,10 @@ REFUSED = {
     "hub_revision": _UPLOAD,
     "auto_find_batch_size": "it would begin again on weights that have trained already; a micro-batch that does not "
     "fit into memory is run in halves by itself",
+    "ignore_data_skip": "a resumed run would train on rows again that it has trained on, and leave others out",
+    "dataloader_persistent_workers": "workers that outlive an epoch draw no new seed for the next one, but those of a "
+    "resumed run do, and so it would go on with its rows in another order",
+    "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint without it, and its own would not be complete",
 }
 """Arguments that do harm here, and why; saying no to them is taken."""
 
@@ -119,6 +125,8 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
             checked[name] = TypeAdapter(known[name]).validate_python(value)
         except ValidationError as error:
             raise LoricaError(f"{where}--{name}: {error.errors()[0]['msg']}, got {value!r}") from error
+        if value is True and checked[name] is not True:  # a bare --learning_rate would be one of 1
+            raise LoricaError(f"{where}--{name} needs a value")
     return checked
 
 
@@ -151,7 +159,9 @@ def training_arguments(
         raise LoricaError("--learning_rate is needed: the model's width, which sets the default, cannot be told")
     rate = {} if hidden_size is None else {"learning_rate": default_learning_rate(hidden_size) * learning_rate_scale}
     try:
-        arguments = kind(output_dir=output_dir, remove_unused_columns=False, **DEFAULTS | rate | checked)
+        with warnings.catch_warnings():  # both names of --gradient_checkpointing are as good here
+            warnings.filterwarnings("ignore", "`gradient_checkpointing", FutureWarning)
+            arguments = kind(output_dir=output_dir, remove_unused_columns=False, **DEFAULTS | rate | checked)
     except (ValueError, TypeError, ImportError) as error:
         raise LoricaError(f"transformers refuses these training arguments: {error}") from error
     if "report_to" not in checked:
@@ -206,8 +216,8 @@ def wide_states(arguments: TrainingArguments, model: nn.Module) -> str | None:
 
 def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
     """Refuse what transformers accepts and then fails on, or ignores."""
-    if not arguments.learning_rate >= 0:
-        raise LoricaError(f"--learning_rate {arguments.learning_rate} is negative")
+    if not (math.isfinite(rate := arguments.learning_rate) and rate >= 0):
+        raise LoricaError(f"--learning_rate {rate} is {'negative' if rate < 0 else 'no finite number'}")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if getattr(arguments, name) < 1:
             raise LoricaError(f"--{name} {getattr(arguments, name)} is no number of rows; give at least 1")
@@ -215,6 +225,13 @@ def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
         raise LoricaError("--num_train_epochs 0 trains nothing; give a number above 0, or --max_steps")
     if "eval_steps" in given and arguments.eval_strategy == "no":
         raise LoricaError("--eval_steps has no effect without --eval_strategy steps")
+    in_steps = arguments.save_strategy == "steps" and arguments.save_steps != arguments.eval_steps
+    if arguments.load_best_model_at_end and in_steps:
+        raise LoricaError(
+            f"--load_best_model_at_end: of the models scored every {arguments.eval_steps:g} steps only those of every "
+            f"{arguments.save_steps:g} would be there, and the best may be none of them; give --save_steps "
+            f"{arguments.eval_steps:g}, or --save_strategy best"
+        )
     _refuse_processes(max(arguments.world_size, arguments.n_gpu))
 
 

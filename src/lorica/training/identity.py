@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from lorica.errors import LoricaError
 from lorica.files import write_text
@@ -28,6 +28,9 @@ TRAJECTORY = (
 )  # fmt: skip
 """Training arguments on which the weights depend: a resumed run must have the same."""
 
+SCORING = ("eval_strategy", "eval_steps", "eval_delay", "save_strategy")
+"""Of a run that goes by its scores they also depend on when it is scored, and what can be chosen."""
+
 ROWS_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 
 CHANGEABLE = (
@@ -39,7 +42,14 @@ CHANGEABLE = (
 def trajectory(arguments: TrainingArguments) -> dict[str, Any]:
     """Return the training arguments on which the weights depend, as plain data."""
     known = arguments.to_dict()
-    return {name: known[name] for name in TRAJECTORY if name in known} | {"world_size": arguments.world_size}
+    names = TRAJECTORY + (SCORING if goes_by_scores(arguments) else ())
+    return {name: known[name] for name in names if name in known} | {"world_size": arguments.world_size}
+
+
+def goes_by_scores(arguments: TrainingArguments) -> bool:
+    """Tell whether the weights depend on the scores that are taken while training."""
+    by_scores = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+    return bool(arguments.load_best_model_at_end) or SchedulerType(arguments.lr_scheduler_type) in by_scores
 
 
 def write_identity(output_dir: Path, identity: dict[str, Any]) -> None:

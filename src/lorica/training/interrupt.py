@@ -38,6 +38,8 @@ class SignalCatcher(TrainerCallback):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._context.close()
+        if kind is None and self.signum is not None:  # it came after the last look at it
+            signal.raise_signal(self.signum)
 
     def _catch(self, signum: int, frame: FrameType | None) -> None:
         if in_worker():

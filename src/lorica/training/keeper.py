@@ -17,7 +17,7 @@ from lorica.files import remove_folder, writing
 from lorica.training.checkpoints import STATE, bases_of, checkpoints_in, note_bases
 from lorica.training.exact import OPTIMIZER, TrainingState, at_epoch_end
 from lorica.training.interrupt import SignalCatcher
-from lorica.training.manifest import MANIFEST, write_manifest
+from lorica.training.manifest import MANIFEST, damage, write_manifest
 from lorica.training.models import stored_bytes
 from lorica.training.states import load_tree, save_tree
 
@@ -58,6 +58,7 @@ class CheckpointKeeper(TrainerCallback):
         self.reset_optimizer = reset_optimizer
         self.keeps_state, self.limit = not arguments.save_only_model, arguments.save_total_limit
         self._starts_with_scores = bool(arguments.eval_on_start)
+        self._ends_with_best = bool(arguments.load_best_model_at_end)
         self._bases = bases_of(Path(resume)) if resume else None
         self._due = False
         self._model: Any = None
@@ -72,6 +73,7 @@ class CheckpointKeeper(TrainerCallback):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.arguments.save_only_model, self.arguments.save_total_limit = not self.keeps_state, self.limit
         self.arguments.eval_on_start = self._starts_with_scores
+        self.arguments.load_best_model_at_end = self._ends_with_best
         if isinstance(error, Exception):
             self._take_back(error)
 
@@ -96,12 +98,26 @@ class CheckpointKeeper(TrainerCallback):
         self.state = TrainingState(self.trainer)
         if self.resume is None:
             return
+        state.compute_steps(args, state.max_steps)  # else those of the checkpoint would go on
+        if self._ends_with_best:
+            state.best_model_checkpoint = self._best_before(Path(self.resume))
         try:
             names = ("state",) if self.reset_optimizer else ("state", OPTIMIZER)
             found = {name: load_tree(Path(self.resume) / STATE, name) for name in names}
             self.state.load(found["state"], found.get(OPTIMIZER))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise LoricaError(f"{self.resume}: the optimizer's state cannot be taken over: {error}") from error
+
+    def _best_before(self, resume: Path) -> str | None:
+        """Return the best of the checkpoints so far, wherever the run was when it was noted; None: there is none."""
+        noted = TrainerState.load_from_json(str(resume / "trainer_state.json")).best_model_checkpoint
+        best = resume.parent / Path(noted).name if noted else None
+        if best is not None and (wrong := damage(best)):
+            raise LoricaError(
+                f"{best} is the best so far, which --load_best_model_at_end may need: {wrong}; name a checkpoint from "
+                "before it, or begin anew in another --output_dir"
+            )
+        return None if best is None else str(best)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -119,6 +135,8 @@ class CheckpointKeeper(TrainerCallback):
         self._folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"  # if any is written next
         self._due = control.should_save and (at_epoch_end(state) or state.global_step >= state.max_steps)
         control.should_save = control.should_save and not self._due
+        if control.should_training_stop and state.global_step < state.max_steps:
+            args.load_best_model_at_end = False  # of a run that is stopped the checkpoint may be written afterwards
         return control
 
     def on_epoch_end(
@@ -156,12 +174,17 @@ class CheckpointKeeper(TrainerCallback):
         return folder if step else None
 
     def _remove_old(self, newest: Path, best: str | None) -> None:
-        """Remove what is more than the limit. Above the newest lie those that a resumed run has passed over."""
+        """Remove what is more than the limit, in which the best one counts; it and the newest stay.
+
+        Above the newest lie those that a resumed run has passed over.
+        """
         if not self.limit or self.limit < 0:
             return
         kept = Path(best).name if best else None
         found = checkpoints_in(newest.parent)
         place = found.index(newest)
-        for folder in (found[place + 1 :] + found[: place + 1])[: -self.limit]:
+        in_order = found[place + 1 :] + found[: place + 1]
+        in_order.sort(key=lambda folder: (folder == newest, folder.name == kept))
+        for folder in in_order[: -self.limit]:
             if folder.name != kept:
                 remove_folder(folder)

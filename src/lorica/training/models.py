@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
 
 from lorica.config import UpdateConfig
 from lorica.data.positions import position_limit as position_limit
@@ -32,6 +33,7 @@ MAX_SHARD = "5GB"
 """A larger model is saved in several files: from a GPU each is copied to the host as a whole before it is written."""
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm")
 _WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _DATA = ("train_file", "dataset_name", "eval_file", "retention_file", "calibration_file", "task_file")
 
@@ -110,7 +112,8 @@ def read_tokenizer(
         try:
             tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise LoricaError(f"--chat_template_path {chat_template_path}: cannot read it: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise LoricaError(f"--chat_template_path {chat_template_path}: cannot read it: {reason}") from error
     return tokenizer
 
 
@@ -201,6 +204,9 @@ def read_weights(
         LoricaError: see ``read_model``.
     """
     refuse_hub_kernels(attn_implementation, "--attn_implementation")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        names = "auto, float32, bfloat16 or float16"
+        raise LoricaError(f"model {name}: cannot load the weights: --dtype {dtype} is no dtype; give {names}")
     if not allow_pickle:
         refuse_pickled_weights(str(Path(name).expanduser()) if is_local(name) else name, revision)
     options |= {"dtype": dtype, "output_loading_info": True, "weights_only": True}
@@ -232,8 +238,8 @@ def from_pretrained(
         what: what is loaded, for the message.
     """
     local = is_local(name)
-    if local and not Path(name).expanduser().is_dir():
-        raise LoricaError(f"model {name}: no such folder")
+    if local:
+        _check_model_folder(name)
     try:
         return kind.from_pretrained(
             str(Path(name).expanduser()) if local else name,
@@ -245,7 +251,35 @@ def from_pretrained(
         reason = " ".join(str(error).split()) or type(error).__name__
         if "use_safetensors=True" in reason:
             reason = "they are not saved as safetensors; `hf download` them, and give the folder with --allow_pickle"
+        if not local:
+            reason = f"there is no folder of that name, and on the hub: {reason}"
+        elif what == "tokenizer" and not any(any(Path(name).expanduser().glob(one)) for one in _TOKENIZER_FILES):
+            reason = (
+                "the folder holds none; copy tokenizer.json and its like from the model that this one was made from"
+            )
         raise LoricaError(f"model {name}: cannot load the {what}: {reason}") from error
+
+
+def _check_model_folder(name: str) -> None:
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise LoricaError(f"model {name} is a file; name the model's folder")
+    if not folder.is_dir():
+        raise LoricaError(f"model {name}: no such folder")
+    if not (folder / "config.json").exists():
+        raise LoricaError(f"model {name}: the folder holds no config.json; name one that save_pretrained has written")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off in here."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -275,6 +309,8 @@ def check_output_dir(output_dir: str, *, resuming: bool) -> None:
     path = Path(output_dir)
     if path.exists() and not path.is_dir():
         raise LoricaError(f"--output_dir {output_dir} is a file; name a folder")
+    if (above := next((one for one in path.parents if one.exists()), path.parent)).is_file():
+        raise LoricaError(f"--output_dir {output_dir}: {above} is a file; name a folder")
     check_no_links(path)
     held = {file.name for file in path.iterdir()} if path.is_dir() else set()
     if not resuming and any(name not in LEFTOVERS and not LEFTOVER.fullmatch(name) for name in held):
@@ -315,7 +351,8 @@ def save_model(model: Any, tokenizer: Any, output_dir: Path) -> Listing:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with writing(output_dir, f"--output_dir {output_dir}: cannot write the model", lambda: stored_bytes(model)):
-            model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD)
+            with without_bars():
+                model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD)
             tokenizer.save_pretrained(aside / "new")
             sync_tree(aside / "new")
             files = listing(aside / "new")

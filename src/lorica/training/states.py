@@ -70,8 +70,9 @@ def _flat(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter):
-        tensors[path] = _apart(value.detach().cpu().contiguous(), tensors)
-        return {"tensor": path}
+        name = path if path not in tensors else f"{path} ({len(tensors)})"  # {"a.b": _, "a": {"b": _}}, {1: _, "1": _}
+        tensors[name] = _apart(value.detach().cpu().contiguous(), tensors)
+        return {"tensor": name}
     if isinstance(value, Tensor) and type(value).__module__.startswith(TRUSTED):
         names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
         kind = f"{type(value).__module__}:{type(value).__qualname__}"

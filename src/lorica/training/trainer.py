@@ -14,7 +14,7 @@ from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArgum
 
 from lorica.data.dataset import EncodedDataset
 from lorica.data.example import IGNORED_LABEL
-from lorica.errors import Interrupted
+from lorica.errors import Interrupted, LoricaError
 from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
 from lorica.training.checkpoints import load_weights
@@ -22,7 +22,9 @@ from lorica.training.guards import Diverged, WeightWatch, last_good_checkpoint
 from lorica.training.in_backward import StepInBackward, check_embeddings, check_method
 from lorica.training.interrupt import SignalCatcher
 from lorica.training.keeper import CheckpointKeeper
+from lorica.training.manifest import damage
 from lorica.training.micro_batches import MicroBatches
+from lorica.training.models import without_bars
 from lorica.training.rows import Numbered, NumberedCollate, named
 from lorica.training.states import random_state, set_random_state
 
@@ -88,10 +90,18 @@ class MethodMixin:
         if not load_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
+    def _load_best_model(self: Any) -> None:
+        best = Path(self.state.best_model_checkpoint)
+        if wrong := damage(best):
+            raise LoricaError(f"{best} is the best model: {wrong}; go on from a checkpoint before it, or begin anew")
+        if not load_weights(self.model, best):
+            super()._load_best_model()  # type: ignore[misc]
+
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the model and the tokenizer; the Trainer's own would add a pickle, which can hold a token."""
         folder = self.args.output_dir if output_dir is None else output_dir
-        self.model.save_pretrained(folder, state_dict=state_dict)
+        with without_bars():
+            self.model.save_pretrained(folder, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
