@@ -23,14 +23,8 @@ from lorica.hub import commit_of
 from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
 from lorica.redaction import cleaned
 from lorica.told import progress_bar
-from lorica.training.models import (
-    check_output_dir,
-    make_output_dir,
-    position_limit,
-    read_model,
-    read_model_config,
-    read_tokenizer,
-)
+from lorica.training.models import position_limit, read_model, read_model_config, read_tokenizer
+from lorica.training.output import check_output_dir, make_output_dir
 
 JUDGEMENTS, RECORD = "judgements.jsonl", "judge.json"
 SIDES = ("before", "after")

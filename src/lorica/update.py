@@ -43,17 +43,15 @@ from lorica.training.checkpoints import (
 from lorica.training.identity import check_identity, goes_by_scores, trajectory, write_identity
 from lorica.training.in_backward import check_method
 from lorica.training.models import (
-    check_output_dir,
     load_model,
     load_model_config,
     load_tokenizer,
-    make_output_dir,
     model_width,
     pinned,
     position_limit,
-    save_model,
     stock_configuration,
 )
+from lorica.training.output import check_output_dir, make_output_dir, save_model
 from lorica.training.room import telling_the_way_on
 from lorica.training.trainer import fit
 

@@ -29,7 +29,7 @@ from lorica.record import write_json
 from lorica.told import check_room
 from lorica.training.checkpoints import checkpoints_in, unusable
 from lorica.training.manifest import damage
-from lorica.training.models import save_model
+from lorica.training.output import save_model
 from tests.artefacts.conftest import before_and_after
 from tests.builders import tiny
 from tests.reliability.faults import NEEDS_ROOM, failing, operations

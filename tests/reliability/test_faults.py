@@ -26,7 +26,7 @@ from lorica.record import write_json
 from lorica.subspace.store import SplitStore
 from lorica.training.checkpoints import checkpoints_in, unusable
 from lorica.training.manifest import damage, write_manifest
-from lorica.training.models import check_output_dir, save_model
+from lorica.training.output import check_output_dir, save_model
 from lorica.verification import verify
 from tests.artefacts.conftest import before_and_after
 from tests.builders import tiny

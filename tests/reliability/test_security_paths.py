@@ -29,7 +29,8 @@ from lorica.experiments.stages import last_stage
 from lorica.experiments.story import cell_name
 from lorica.names import check_folder_name, check_no_links
 from lorica.training.checkpoints import checkpoint_to_resume
-from lorica.training.models import read_tokenizer, save_model
+from lorica.training.models import read_tokenizer
+from lorica.training.output import save_model
 from tests.reliability.small_runs import files_in, rows_file, run, stream_of, update
 from tests.training.conftest import llama_folder  # noqa: F401
 

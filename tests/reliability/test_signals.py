@@ -21,7 +21,7 @@ import lorica.constrain.bases
 import lorica.experiments.setup
 import lorica.inputs
 import lorica.training.keeper
-import lorica.training.models
+import lorica.training.output
 import lorica.update
 from lorica.constrain.reduced import ReducedLinear
 from lorica.errors import Interrupted
@@ -68,7 +68,7 @@ OUTSIDE: dict[str, tuple[Any, str, int]] = {
     "splitting": (lorica.constrain.bases, "protected_directions", 5),
     "scoring before": (lorica.update, "evaluate", 1),
     "saving the model": (lorica.update, "save_model", 1),
-    "moving it into place": (lorica.training.models, "move_into", 1),
+    "moving it into place": (lorica.training.output, "move_into", 1),
     "what it remembers": (lorica.update, "size_of", 1),
     "scoring after": (lorica.update, "evaluate", 2),
     "report": (lorica.update, "write_report", 1),

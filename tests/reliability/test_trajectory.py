@@ -26,7 +26,7 @@ from lorica.constrain.protect import protected_layers
 from lorica.methods import METHODS, Targets
 from lorica.methods.seqft import SeqFT
 from lorica.subspace.plan import PlanEntry
-from lorica.training.models import save_model
+from lorica.training.output import save_model
 from lorica.training.trainer import MethodTrainer, fit
 from tests.builders import ARCHITECTURES, CONSTRAINTS, DENSE, batch, leakage, task_of, tiny, train, trainable
 from tests.experiments.conftest import Write, write  # noqa: F401

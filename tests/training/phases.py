@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 import lorica
 from lorica.data.collate import Collator
 from lorica.methods import METHODS
-from lorica.training.models import make_output_dir, read_model, read_model_config, save_model
+from lorica.training.models import read_model, read_model_config
+from lorica.training.output import make_output_dir, save_model
 from lorica.training.trainer import fit
 from tests.training.conftest import byte_tokenizer
 

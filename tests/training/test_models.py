@@ -40,9 +40,9 @@ from lorica.training.models import (
     read_model,
     read_model_config,
     read_tokenizer,
-    save_model,
     stock_configuration,
 )
+from lorica.training.output import save_model
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ import lorica
 from lorica.config import build_config
 from lorica.lineage import weights_sha256
 from lorica.told import memory_told
-from lorica.training import models
+from lorica.training import output
 from lorica.training.checkpoints import load_weights
-from lorica.training.models import read_model, read_model_config, save_model
+from lorica.training.models import read_model, read_model_config
+from lorica.training.output import save_model
 from lorica.update import train as update
 from tests.builders import batch, protected_tiny, tiny, train, trainable
 from tests.training.conftest import byte_tokenizer
@@ -97,7 +98,7 @@ def test_a_large_model_is_saved_in_several_files(
 ) -> None:
     config = read_model_config(str(llama_folder))
     model = read_model(str(llama_folder), config)
-    monkeypatch.setattr(models, "MAX_SHARD", "60KB")
+    monkeypatch.setattr(output, "MAX_SHARD", "60KB")
     save_model(model, byte_tokenizer(), tmp_path)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2

@@ -24,7 +24,7 @@ from lorica.json_file import load_json
 from lorica.memory import load_memory, save_memory, size_of
 from lorica.record import write_json
 from lorica.training.manifest import damage, write_manifest
-from lorica.training.models import stored_bytes
+from lorica.training.output import stored_bytes
 from lorica.training.trust import distrusted
 
 IDENTITY = "cell.json"

@@ -22,7 +22,7 @@ from lorica.files import listing
 from lorica.names import check_no_links
 from lorica.record import write_json
 from lorica.redaction import cleaned
-from lorica.training.models import save_model, without_bars
+from lorica.training.output import save_model, without_bars
 from lorica.training.room import telling_the_way_on
 
 Say = Callable[[str], None]

@@ -18,7 +18,7 @@ from lorica.training.checkpoints import STATE, bases_of, checkpoints_in, note_ba
 from lorica.training.exact import OPTIMIZER, TrainingState, at_epoch_end
 from lorica.training.interrupt import SignalCatcher
 from lorica.training.manifest import MANIFEST, damage, write_manifest
-from lorica.training.models import stored_bytes
+from lorica.training.output import stored_bytes
 from lorica.training.states import load_tree, save_tree
 
 

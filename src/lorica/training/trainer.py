@@ -24,7 +24,7 @@ from lorica.training.interrupt import SignalCatcher
 from lorica.training.keeper import CheckpointKeeper
 from lorica.training.manifest import damage
 from lorica.training.micro_batches import MicroBatches
-from lorica.training.models import without_bars
+from lorica.training.output import without_bars
 from lorica.training.rows import Numbered, NumberedCollate, named
 from lorica.training.states import random_state, set_random_state
 
