@@ -185,7 +185,7 @@ def loads_as(folder: Path, models: list[dict[str, torch.Tensor]]) -> bool:
 
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
 def test_a_model_folder_is_whole_or_does_not_load(shards: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.training.models.MAX_SHARD", shards)
+    monkeypatch.setattr("lorica.training.output.MAX_SHARD", shards)
     root, old, new = tmp_path / "root", tiny("llama"), tiny("llama")
     with torch.no_grad():
         for parameter in new.parameters():
