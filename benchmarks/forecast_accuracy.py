@@ -107,7 +107,7 @@ def measure(values: dict[str, Any]) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
 
     def say(line: str) -> None:
-        parts.append({"until": line.split(maxsplit=1)[0].rstrip(":"), "bytes": peak_and_restart()})
+        parts.append({"until": Path(line.split(maxsplit=1)[0].rstrip(":")).name, "bytes": peak_and_restart()})
 
     lorica.train(values, say)
     return {"parts": parts, "bytes": max(part["bytes"] for part in parts)}
