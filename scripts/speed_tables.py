@@ -20,7 +20,7 @@ from speed_results import (
     time_ratio,
 )
 
-from lorica.report.tables import MISSING, duration, listed, scientific, size
+from lorica.units import MISSING, duration, listed, scientific, size
 
 PHASES = ("load", "protect", "train", "release", "save")
 OTHERS = [family for family in FAMILIES if family != "plain"]

@@ -14,13 +14,14 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"config", "values", "json_file", "files", "registry", "errors", "scores", "bootstrap"}
-BASE |= {"redaction", "yaml_file", "hub", "names", "signals"}
+BASE |= {"redaction", "yaml_file", "hub", "names", "signals", "units"}
 ROOMS: dict[str, set[str]] = {
     "redaction": set(),
     "errors": {"redaction"},
     "yaml_file": {"errors"},
     "hub": {"errors"},
     "names": {"errors"},
+    "units": set(),
     "signals": {"errors"},
     "scores": BASE,
     "bootstrap": BASE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from lorica.evaluation.generate import Written, greedy_answers
 from lorica.evaluation.judge import Judge, Judgement, compare, describe, summary
 from lorica.evaluation.prompts import Prompt, read_prompts
 from lorica.evaluation.refusal import refusal_rate
-from lorica.files import writing
+from lorica.files import sha256, writing
 from lorica.hub import commit_of
 from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
 from lorica.redaction import cleaned
@@ -100,7 +99,10 @@ def judge_models(
         "keyword_refusal_rate": {side: refusal_rate(texts[side]) for side in SIDES},
         "cut_answers": {side: sum(not written.ended for written in answers[side]) for side in SIDES},
         "max_new_tokens": max_new_tokens,
-        "files": {redacted(str(path)): _sha256(path) for path in (Path(prompts_file), folder / JUDGEMENTS)},
+        "files": {  # none of a folder or a data set on the hub
+            redacted(str(path)): sha256(path) if path.is_file() else None
+            for path in (Path(prompts_file), folder / JUDGEMENTS)
+        },
         "limit": limit,
         "seconds": watch.seconds,
         **environment(),
@@ -178,8 +180,3 @@ def _judged(prompts: list[Prompt], texts: dict[str, list[str]], judge: Judge, pa
             return compare(asked, texts["before"], texts["after"], judge, progress_bar("judging"), keep=keep)
         except LoricaError as error:
             raise LoricaError(f"{error}; the {written} prompts judged before that are in {path}") from error
-
-
-def _sha256(path: Path) -> str | None:
-    """Return the hash of a file; None for a folder of files or a data set on the hub."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

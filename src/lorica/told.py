@@ -14,10 +14,11 @@ from lorica.evaluation.evaluator import Score
 from lorica.files import free_bytes
 from lorica.forecast.needs import Disk
 from lorica.forecast.rates import memory_of
-from lorica.forecast.result import Way, size
+from lorica.forecast.result import Way
 from lorica.forecast.story import device_of, expected, least_disk
 from lorica.inputs import Inputs
 from lorica.training.checkpoints import checkpoints_in
+from lorica.units import size
 
 
 def progress_bar(what: str) -> Callable[[str, int, int], None]:

@@ -18,7 +18,7 @@ from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.origin import set_aside
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
-from lorica.subspace.basis import Derived
+from lorica.subspace.derived import Derived
 from tests.builders import Stack, leakage, plan_for, tiny, trainable, weights
 
 SHAPES = [(30, 8), (8, 30), (16, 16)]

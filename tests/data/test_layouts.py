@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from lorica.data.layouts import FORMAT, LAYOUTS, LayoutSource
+from lorica.data.layouts import FORMAT, LayoutSource
+from lorica.data.question_sets import LAYOUTS
 from lorica.data.validate import Report, validate
 from lorica.errors import LoricaError
 

@@ -14,7 +14,7 @@ from lorica.constrain.audit import audit_weight
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, Method, Protection
-from lorica.subspace.basis import free_basis
+from lorica.subspace.free_basis import free_basis
 from tests.builders import batch, matrix, task_of, tiny, train, trainable
 
 

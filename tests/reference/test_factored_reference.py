@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
 from lorica.constrain.linear import SubspaceLinear
-from lorica.subspace.basis import free_basis
+from lorica.subspace.free_basis import free_basis
 from lorica.subspace.linalg import split
 from tests.builders import SHAPES, leakage, matrix
 from tests.reference.factored import FactoredLinear

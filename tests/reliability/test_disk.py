@@ -469,4 +469,5 @@ def test_more_memory_than_there_is_is_a_warning(
     monkeypatch.setattr("lorica.told.memory_of", lambda device: 10**6)
     _, lines = update(llama_folder, tmp_path / "out", rows_file(tmp_path), max_steps=1)
     (line,) = (line for line in lines if "of memory" in line)
-    assert line.startswith("notice: this machine has 1 MB of memory, so the run may not come to its end; --memory_mode")
+    assert line.startswith("notice: this machine has 1.0 MB of memory, so the run may not come to its end")
+    assert "--memory_mode" in line

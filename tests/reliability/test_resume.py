@@ -20,7 +20,8 @@ import lorica.constrain.planning
 from lorica.constrain.kept import BASES, KeptBases, write_bases
 from lorica.constrain.protect import bases_of, protected_layers
 from lorica.errors import Interrupted, LoricaError
-from lorica.subspace.basis import Derived, Everything, Explicit, Reflector
+from lorica.subspace.basis import Everything, Explicit, Reflector
+from lorica.subspace.derived import Derived
 from lorica.training.checkpoints import kept_bases
 from lorica.training.identity import CHANGEABLE
 from lorica.training.manifest import write_manifest

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorica.errors import Interrupted
 from lorica.report import write_report
@@ -116,6 +117,7 @@ def started(work: Callable[[], Any]) -> int:
     if child:
         return child
     status = 1
+    torch.set_num_threads(1)  # a copy of this process has none of its threads, and would wait for them
     try:
         work()
         status = 0

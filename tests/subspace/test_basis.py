@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica.subspace.basis import Basis, Everything, Explicit, Reflector, free_basis
+from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
+from lorica.subspace.free_basis import free_basis
 from lorica.subspace.linalg import complement, polar, reflector
 from tests.builders import matrix
 

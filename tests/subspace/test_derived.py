@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorica.subspace.basis import Derived, Explicit, Reflector, free_basis
+from lorica.subspace.basis import Explicit, Reflector
+from lorica.subspace.derived import Derived
+from lorica.subspace.free_basis import free_basis
 from lorica.subspace.linalg import split
 from tests.builders import matrix
 

@@ -88,7 +88,7 @@ def test_a_method_that_cannot_be_forecast_says_so(llama_folder: Path, rows: Call
 
 def test_both_memories_are_told_where_there_are_two() -> None:
     cost = {"peak_rss_bytes": 3_000_000_000, "peak_cuda_bytes": 1_250_000_000, "trainable_parameters": 1234}
-    line = "memory: peak 3.00 GB resident, 1.25 GB on the GPU; 1,234 numbers trained, 5,678 parameters"
+    line = "memory: peak 3.0 GB resident, 1.2 GB on the GPU; 1,234 numbers trained, 5,678 parameters"
     assert memory_told(cost, 5678) == line
     assert "peak unknown" in memory_told(cost | {"peak_rss_bytes": None, "peak_cuda_bytes": None}, 1)
 

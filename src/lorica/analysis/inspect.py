@@ -28,11 +28,11 @@ from lorica.redaction import cleaned
 from lorica.report.inspection import inspection_part, inspection_text
 from lorica.report.inspection_record import InspectionRecord
 from lorica.report.page import html_report, markdown_report
-from lorica.report.tables import count, duration
 from lorica.subspace.calibration import Batch, observe, own_text, random_tokens
 from lorica.subspace.plan import MEASURED, Plan
 from lorica.training.models import pinned, position_limit, read_model, read_model_config, read_tokenizer
 from lorica.training.output import make_output_dir
+from lorica.units import count, duration
 
 CALIBRATION_ROWS = 256
 """How many rows of ``calibration_file`` are used at most."""

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lorica.constrain.kept import KeptBases
 from lorica.errors import LoricaError
-from lorica.subspace.basis import Basis, Derived, Everything, Explicit, Reflector, free_basis
+from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
+from lorica.subspace.derived import Derived
+from lorica.subspace.free_basis import free_basis
 from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import Protected, protected_directions
 from lorica.subspace.store import SplitStore

@@ -14,6 +14,7 @@ from lorica.data.csv_rows import csv_records
 from lorica.data.jsonl import json_records
 from lorica.data.record import Record, Rejected, row_json
 from lorica.errors import LoricaError, one_line
+from lorica.files import sha256
 from lorica.hub import commit_of
 
 Records = Iterator[Record | Rejected]
@@ -154,7 +155,6 @@ def _from_hub(name: str, split: str, config_name: str | None, revision: str | No
 
 def _file_digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise LoricaError(f"{path}: cannot read it: {error.strerror}.") from error

@@ -13,7 +13,8 @@ from lorica.data.dataset import EncodedDataset, Kind, render
 from lorica.data.encode import encode
 from lorica.data.example import Example, Pair
 from lorica.data.formats import Format
-from lorica.data.layouts import FORMAT, LAYOUTS, LayoutSource
+from lorica.data.layouts import FORMAT, LayoutSource
+from lorica.data.question_sets import LAYOUTS
 from lorica.data.reader import HubSource as HubRows
 from lorica.data.reader import Source, open_source
 from lorica.data.record import RowError

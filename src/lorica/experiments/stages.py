@@ -19,13 +19,13 @@ from torch import Tensor
 
 from lorica.errors import LoricaError
 from lorica.files import LEFTOVER, CannotWrite, free_bytes, make_folder, remove_folder, sync_folder, writing
-from lorica.forecast.result import size
 from lorica.json_file import load_json
 from lorica.memory import load_memory, save_memory, size_of
 from lorica.record import write_json
 from lorica.training.manifest import damage, write_manifest
 from lorica.training.output import stored_bytes
 from lorica.training.trust import distrusted
+from lorica.units import size
 
 IDENTITY = "cell.json"
 MODEL, MEMORY, PROGRESS = "model", "memory.safetensors", "progress.json"

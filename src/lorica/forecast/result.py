@@ -10,6 +10,7 @@ from lorica.forecast.dry_run import Batch
 from lorica.forecast.ledger import KINDS
 from lorica.forecast.needs import FREED, PHASES, PROCESS, WORKSPACE, Disk, Phase
 from lorica.forecast.rates import Machine
+from lorica.units import MISSING, estimate, size
 
 SCHEMA = 1
 _SHOWN = 1000
@@ -134,17 +135,17 @@ class Forecast:
         rows += _by_kind([way.peak.device for way in ways])
         rows.append(("  sum", [size(way.device_bytes) for way in ways]))
         there = [name for name in PHASES if any(phase.name == name for phase in ways[0].phases)]
-        rows += [(f"  while it runs: {name}", [size(_phase_sum(way, name)) for way in ways]) for name in there]
+        rows += [(f"  while it runs: {name}", [_size_of(_phase_sum(way, name)) for way in ways]) for name in there]
         if self.machine.device != "cpu":
-            rows.append(("host memory", [size(way.host_bytes) for way in ways]))
-        rows.append(("disk: model", [size(way.disk.model) for way in ways]))
-        rows.append(("disk: checkpoints", [size(way.disk.checkpoints) for way in ways]))
-        rows.append(("disk: bases", [size(way.disk.bases) for way in ways]))
-        rows.append(("disk: cache of splits", [size(way.disk.cache) for way in ways]))
+            rows.append(("host memory", [_size_of(way.host_bytes) for way in ways]))
+        rows.append(("disk: model", [_size_of(way.disk.model) for way in ways]))
+        rows.append(("disk: checkpoints", [_size_of(way.disk.checkpoints) for way in ways]))
+        rows.append(("disk: bases", [_size_of(way.disk.bases) for way in ways]))
+        rows.append(("disk: cache of splits", [_size_of(way.disk.cache) for way in ways]))
         rows.append(("trainable numbers", [f"{way.trainable:,}" for way in ways]))
-        rows.append(("split, estimated", [_time(way.split_seconds) for way in ways]))
-        rows.append(("step, estimated", [_time(way.step_seconds) for way in ways]))
-        rows.append(("whole run, estimated", [_time(way.run_seconds(self.steps)) for way in ways]))
+        rows.append(("split, estimated", [_estimated(way.split_seconds) for way in ways]))
+        rows.append(("step, estimated", [_estimated(way.step_seconds) for way in ways]))
+        rows.append(("whole run, estimated", [_estimated(way.run_seconds(self.steps)) for way in ways]))
         return rows
 
     def _verdict(self) -> str:
@@ -164,30 +165,23 @@ class Forecast:
         ]
 
 
-def size(nbytes: int) -> str:
-    """Return bytes in the unit that a reader would choose."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
-        if nbytes >= factor:
-            return f"{nbytes / factor:.2f} {unit}" if unit == "GB" else f"{nbytes / factor:.0f} {unit}"
-    return f"{nbytes / 1000:.0f} kB" if nbytes else "-"
+def _size_of(nbytes: int) -> str:
+    """Return a cell of the table, in which nothing is a dash."""
+    return size(nbytes) if nbytes else MISSING
+
+
+def _estimated(seconds: float | None) -> str:
+    return "?" if seconds is None else estimate(seconds)
 
 
 def _by_kind(columns: list[Mapping[str, int]]) -> list[tuple[str, list[str]]]:
     kinds = [PROCESS, *KINDS, FREED, WORKSPACE]
     there = [kind for kind in kinds if any(column.get(kind, 0) >= _SHOWN for column in columns)]
-    return [(f"  {kind}", [size(column.get(kind, 0)) for column in columns]) for kind in there]
+    return [(f"  {kind}", [_size_of(column.get(kind, 0)) for column in columns]) for kind in there]
 
 
 def _phase_sum(way: Way, name: str) -> int:
     return next(sum(phase.device.values()) for phase in way.phases if phase.name == name)
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return "?"
-    if seconds < 100:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _columns(rows: list[tuple[str, list[str]]], labels: list[str]) -> list[str]:

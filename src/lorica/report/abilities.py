@@ -9,7 +9,8 @@ from lorica.report.differences import known_ends, rows_interval, told_ends
 from lorica.report.parts import Figure, Section
 from lorica.report.records import RunRecord
 from lorica.report.replicates import Measure, MethodRuns, held_out_change
-from lorica.report.tables import MISSING, Table, percent
+from lorica.report.tables import Table, percent
+from lorica.units import MISSING
 
 
 def abilities_section(methods: Sequence[MethodRuns]) -> Section | None:

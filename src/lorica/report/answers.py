@@ -18,7 +18,8 @@ from lorica.report.replicates import (
     transfer,
 )
 from lorica.report.standings import Reference
-from lorica.report.tables import listed, percent
+from lorica.report.tables import percent
+from lorica.units import listed
 
 MOST = 4
 """Up to so many methods are all told; of more the first three and the last."""

@@ -19,7 +19,8 @@ from lorica.report.parts import (
     rerun_section,
 )
 from lorica.report.records import TrainRecord
-from lorica.report.tables import MISSING, Table, listed, percent, points, scientific, size
+from lorica.report.tables import Table, percent, points
+from lorica.units import MISSING, listed, scientific, size
 
 
 def chain_part(chain: Chain) -> Part:

@@ -25,8 +25,8 @@ from lorica.report.svg import (
     text,
     whisker,
 )
-from lorica.report.tables import scientific
 from lorica.scores import ScoreMatrix, shorten
+from lorica.units import scientific
 
 WIDTH = 460
 WIDE = 8

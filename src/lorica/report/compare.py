@@ -28,8 +28,9 @@ from lorica.report.standings import (
     standings_section,
     tasks_section,
 )
-from lorica.report.tables import MISSING, percent
+from lorica.report.tables import percent
 from lorica.report.tradeoff import trade_section
+from lorica.units import MISSING
 
 CARDS = 4
 """More methods than this are told apart in a table, not on cards."""

@@ -8,8 +8,9 @@ from lorica.report.charts import Series, heat_map, line_chart
 from lorica.report.parts import Figure, Section
 from lorica.report.records import RunRecord
 from lorica.report.replicates import Estimate, MethodRuns, at_end, learned, transfer
-from lorica.report.tables import MISSING, Table, percent
+from lorica.report.tables import Table, percent
 from lorica.scores import ScoreMatrix
+from lorica.units import MISSING
 
 Values = Callable[[RunRecord], Sequence[float | None]]
 

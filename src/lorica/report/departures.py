@@ -14,7 +14,7 @@ from lorica.report.notices import left_out, limits_told
 from lorica.report.parts import flat
 from lorica.report.records import RunRecord, _Part
 from lorica.report.replicates import MethodRuns
-from lorica.report.tables import listed
+from lorica.units import listed
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FILE_NAME = "protocol.json"

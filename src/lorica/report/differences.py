@@ -10,8 +10,8 @@ import numpy as np
 from lorica.bootstrap import Interval, interval, paired_difference, t_interval
 from lorica.report.records import RunRecord
 from lorica.report.replicates import Estimate, MethodRuns, at_end
-from lorica.report.tables import MISSING
 from lorica.scores import FloatArray
+from lorica.units import MISSING
 
 Rows = dict[str, FloatArray]
 

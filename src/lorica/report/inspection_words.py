@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from lorica.report.charts import short_name
 from lorica.report.inspection_record import EnergyShares, InspectedLayer, InspectionRecord, Intervention
 from lorica.report.parts import Fact
-from lorica.report.tables import MISSING, Table, percent
+from lorica.report.tables import Table, percent
+from lorica.units import MISSING
 
 TOLD = 0.1
 """The share of removed directions that the summary tells of, or the measured one nearest to it."""

@@ -8,7 +8,8 @@ from pathlib import PurePath
 from lorica.report.bars import Outcome, stacked_bars
 from lorica.report.parts import Figure, Part, Section, flat
 from lorica.report.records import JudgeRecord, Share
-from lorica.report.tables import MISSING, Table, listed, percent
+from lorica.report.tables import Table, percent
+from lorica.units import MISSING, listed
 
 PUBLISHED = (
     ("SeqFT, helpfulness", "LLaMA-2-13B-Chat", (14.0, 34.0, 53.0), "TRACE, arXiv 2310.06762, Fig. 2"),

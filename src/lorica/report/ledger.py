@@ -9,8 +9,9 @@ from typing import Any
 from lorica.report.parts import Section, cost_section, flat, flattened, leakage_section
 from lorica.report.records import Candidate, RunRecord, Sweep
 from lorica.report.replicates import MethodRuns
-from lorica.report.tables import MISSING, Table, count, listed, percent, scientific, size
+from lorica.report.tables import Table, percent
 from lorica.report.text import rates
+from lorica.units import MISSING, count, listed, scientific, size
 
 COUNTED = ("rejected", "left_out", "duplicates", "shortened", "truncated", "dropped")
 """Fields of a file's account that say what became of rows that were not used as they are."""

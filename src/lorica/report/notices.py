@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lorica.report.ledger import file_notices, lost_rows
 from lorica.report.records import RunRecord
 from lorica.report.replicates import MethodRuns
-from lorica.report.tables import listed
+from lorica.units import listed
 
 ENOUGH = 3
 """So many seeds and no fewer say how much another training run would differ."""

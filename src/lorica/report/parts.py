@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from lorica.report.charts import leak_dots, plan_bars, plan_grid, short_name
 from lorica.report.records import Cost, Leak, _Record
-from lorica.report.tables import MISSING, Table, count, duration, scientific, size
+from lorica.report.tables import Table
+from lorica.units import MISSING, count, duration, scientific, size
 
 WORST = 10
 """How many weights the leakage section shows; the worst, by either side."""

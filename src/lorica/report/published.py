@@ -15,7 +15,8 @@ from lorica.report.departures import BENCHMARKS, Protocol, benchmark_file, depar
 from lorica.report.parts import Section
 from lorica.report.records import RunRecord, Values, _Part
 from lorica.report.replicates import Measure, MethodRuns, at_end, held_out_change, transfer
-from lorica.report.tables import MISSING, Table, listed, percent, points
+from lorica.report.tables import Table, percent, points
+from lorica.units import MISSING, listed
 
 FILE_NAME = "published.json"
 GENERAL, AFTER = "general", "trace"

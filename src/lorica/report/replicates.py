@@ -13,8 +13,9 @@ import numpy as np
 from lorica.bootstrap import t_interval
 from lorica.report.parts import Entry
 from lorica.report.records import Cost, RunRecord
-from lorica.report.tables import MISSING, percent
+from lorica.report.tables import percent
 from lorica.scores import ScoreMatrix
+from lorica.units import MISSING
 
 SECONDS = ("seconds", "training_seconds", "seconds_per_step")
 

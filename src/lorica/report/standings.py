@@ -18,8 +18,9 @@ from lorica.report.replicates import (
     learned,
     transfer,
 )
-from lorica.report.tables import MISSING, Table, percent
+from lorica.report.tables import Table, percent
 from lorica.report.text import averaged_over
+from lorica.units import MISSING
 
 _CHANCE_INTRO = (
     "How far each method's average at the end lies above the reference, in points, with 95 % intervals: first the "

@@ -16,8 +16,9 @@ from lorica.report.replicates import (
     replicates,
     transfer,
 )
-from lorica.report.tables import MISSING, Table, listed, percent, points, scientific, size
+from lorica.report.tables import Table, percent, points
 from lorica.scores import LABEL_WIDTH, METRICS, ScoreMatrix, shorten
+from lorica.units import MISSING, listed, scientific, size
 
 Series = Sequence[float | None]
 Retention = Mapping[str, Mapping[str, Series]]

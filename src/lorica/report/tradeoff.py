@@ -9,7 +9,8 @@ from lorica.report.differences import known_ends, rows_interval, told_ends
 from lorica.report.pareto import Ends, Spot, front, scatter
 from lorica.report.parts import Figure, Section
 from lorica.report.replicates import Measure, MethodRuns, held_out, learned, transfer
-from lorica.report.tables import Table, listed
+from lorica.report.tables import Table
+from lorica.units import listed
 
 
 def trade_section(methods: Sequence[MethodRuns]) -> Section | None:

@@ -21,7 +21,8 @@ from lorica.report.parts import (
 )
 from lorica.report.records import LossPoint, Measured, TrainRecord
 from lorica.report.spectra import spectra_section
-from lorica.report.tables import MISSING, Table, duration, listed, scientific
+from lorica.report.tables import Table
+from lorica.units import MISSING, duration, listed, scientific
 
 Change = tuple[str, float | None, float | None]
 
