@@ -3,58 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from lorica.constrain.core import Core, every_layer, forget, register
 from lorica.constrain.reduced import ReducedLinear, lift, shared_product
+from lorica.constrain.sharded import Lent, Shards, settle
+from lorica.constrain.sharded import fold as fold_sharded
 from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis
-
-_owners: weakref.WeakValueDictionary[int, SubspaceLayer] = weakref.WeakValueDictionary()
-"""The layer of each core, by the core's id."""
-
-
-def _fold_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            layer = _owners.get(id(parameter))
-            if layer is not None and layer.core is parameter:  # ids are used again
-                layer.fold()
-
-
-# A version counter would not do as the only trigger: fused AdamW does not raise it.
-register_optimizer_step_post_hook(_fold_after_step)
-
-
-class Core(nn.Parameter):
-    """The parameter that trains; it counts how often its ``data`` was asked for.
-
-    What is written through ``data`` (hand-written loops, zeroth-order methods, ``vector_to_parameters``) does
-    not raise the version counter, so handing ``data`` out has to count as a write.
-    """
-
-    handed_out = 0
-
-    @property
-    def data(self) -> Tensor:
-        self.handed_out += 1
-        return super().data
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        self.handed_out += 1
-        nn.Parameter.data.__set__(self, value)  # type: ignore[attr-defined]
-
-    @staticmethod
-    def state_of(core: nn.Parameter) -> tuple[int, int, int]:
-        """Return what differs whenever the core may have been written to, or replaced, since."""
-        return id(core), core._version, getattr(core, "handed_out", 0)
 
 
 class Aside(NamedTuple):
@@ -85,9 +47,10 @@ class SubspaceLayer(nn.Module):
     Attributes:
         core: M (P x Q), float32 (float64 for float64 weights), zero at first.
         base: W0 (out, in) in the dtype of the weight: a buffer, or where it was set aside a plain tensor that stays
-            where it is.
+            where it is; empty where another process owns it.
         out_basis: Q_U.
         in_basis: Q_V.
+        shards: where the parts of the layer lie, once FSDP2 has sharded it.
     """
 
     base: Tensor
@@ -98,6 +61,7 @@ class SubspaceLayer(nn.Module):
     _exact: tuple[Basis, Basis] | None
     """The bases of the fold, where those of the gradient are narrower; beside W0, so in no list of submodules."""
     _folded: tuple[int, ...]
+    shards: Shards | None = None
     transposed = False
     """Whether the weight is stored (in, out)."""
 
@@ -119,6 +83,28 @@ class SubspaceLayer(nn.Module):
         layer._install(out_basis, in_basis, aside)
         return layer.train(plain.training)
 
+    @classmethod
+    def wrap_sharded(cls, plain: nn.Linear | Conv1D, base: Tensor, bases: tuple[Basis, Basis], shards: Shards) -> Self:
+        """Return the protected form of a layer whose weight FSDP2 has sharded.
+
+        Args:
+            plain: the layer; FSDP2 goes on putting gathered parameters into it.
+            base: W0 (out, in); not looked at where another process owns it.
+            bases: Q_U and Q_V, there without values.
+            shards: the sharded weight, and a core that is sharded alike.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.__dict__.update(plain.__dict__ | {"_buffers": {}, "_modules": {}})  # also the table of parameters
+        layer._plain = (plain,)
+        layer.base, layer._exact = base, bases
+        layer.core = core = nn.Parameter(shards.core)
+        layer._folded = ()
+        assert isinstance(core, DTensor)
+        layer.shard(shards._replace(core=core))
+        register(layer)
+        return layer.train(plain.training)
+
     def _install(self, out_basis: Basis, in_basis: Basis, aside: Aside | None) -> None:
         device, dtype = self.matrix.device, self.matrix.dtype
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -131,14 +117,14 @@ class SubspaceLayer(nn.Module):
         kept = dtype if self._exact else wide
         self.out_basis, self.in_basis = out_basis.to(device, kept), in_basis.to(device, kept)
         self._folded = Core.state_of(self.core)
-        _owners[id(self.core)] = self
+        register(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if type(self.core) is nn.Parameter:  # pickle knows no other; the same object may be in an optimizer
             self.core.__class__ = Core
         self._folded = ()  # a copied or unpickled core starts counts of its own
-        _owners[id(self.core)] = self
+        register(self)
 
     def unwrap(self) -> nn.Linear | Conv1D:
         """Return the plain layer that was wrapped, with the folded weight."""
@@ -146,7 +132,9 @@ class SubspaceLayer(nn.Module):
         (plain,) = self._plain
         plain.weight, plain.bias = self.weight, self.bias  # type: ignore[assignment]
         plain.train(self.training)
-        _owners.pop(id(self.core), None)
+        forget(self)
+        if self.shards is not None:
+            plain._parameters.pop("core", None)
         return plain
 
     @property
@@ -165,40 +153,74 @@ class SubspaceLayer(nn.Module):
 
         Not to be written to: where nothing is protected it is the core itself.
         """
-        return self._lifted(self._origin())
+        return self._lifted(self.core.detach(), self._origin())
 
-    def _origin(self) -> Tensor:
-        """Return W0 on the device of the weight.
+    def _origin(self, device: torch.device | None = None) -> Tensor:
+        """Return W0 on a device, by default that of the core.
 
         What was set aside is copied even where it is on that device: a memory map begins at any address, and products
         of the same numbers at another address can differ in their last bit.
         """
         aside = "base" not in self._buffers
-        return self.base.to(self.core.device, copy=True, non_blocking=True) if aside else self.base
+        return self.base.to(device or self.core.device, copy=True, non_blocking=True) if aside else self.base
 
-    def _lifted(self, origin: Tensor) -> Tensor:
+    def _lifted(self, core_PQ: Tensor, origin: Tensor) -> Tensor:
         out, inp = self.out_basis, self.in_basis
         if self._exact is not None:
             out, inp = (side.mapped(lambda kept: kept.to(origin.device, non_blocking=True)) for side in self._exact)
-        return lift(self.core.detach(), out.on(origin), inp.on(origin.T))
+        return lift(core_PQ, out.on(origin), inp.on(origin.T))
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Set the weight to ``W0 + Q_U M Q_V^T``, computed in the dtype of the core and rounded once."""
+        """Set the weight to ``W0 + Q_U M Q_V^T``, computed in the dtype of the core and rounded once.
+
+        Of a sharded layer all processes have to.
+        """
         if self.core.dtype not in (torch.float32, torch.float64):
             raise LoricaError(
                 f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after"
             )
-        origin = self._origin()
-        with _full_precision(origin.device.type):
-            torch.add(self._lifted(origin), origin, out=self.matrix)
+        if isinstance(self.core, DTensor):
+            settle(every_layer())
+            fold_sharded([self])
+            return
+        self._fold_into(self.matrix, self.core.detach())
         self._folded = Core.state_of(self.core)
-        _owners[id(self.core)] = self  # it may have been replaced
+        register(self)  # the core may have been replaced
+
+    def folded(self, core_PQ: Tensor) -> Tensor:
+        """Return the weight, as it is stored, that a core stands for."""
+        weight = torch.empty_like(self.base.T if self.transposed else self.base, device=core_PQ.device)
+        self._fold_into(weight.T if self.transposed else weight, core_PQ)
+        return weight
+
+    def _fold_into(self, weight_MN: Tensor, core_PQ: Tensor) -> None:
+        origin = self._origin(core_PQ.device)
+        with _full_precision(origin.device.type):
+            torch.add(self._lifted(core_PQ, origin), origin, out=weight_MN)
 
     def refresh(self) -> None:
-        """Fold if the core may have been written to since the last fold."""
-        if Core.state_of(self.core) != self._folded:
+        """Fold if the core may have been written to since the last fold.
+
+        A sharded layer is folded after each step and when it is loaded, by all processes together.
+        """
+        gathered = self.weight is not self._plain[0].weight and type(self.core) is nn.Parameter
+        if self.shards is None and not gathered and Core.state_of(self.core) != self._folded:
             self.fold()
+
+    @property
+    def held(self) -> int:
+        """How many numbers W0 and the bases take."""
+        return self.base.numel() + sum(part.numel() for basis in self.exact_bases for part in basis.buffers())
+
+    def shard(self, shards: Shards) -> None:
+        """Note where FSDP2 has put the parts of the layer, and keep W0 and the bases if they are this process's own."""
+        base, exact = self.base, self.exact_bases
+        self._buffers.pop("base", None)
+        self.base = base if shards.mine else base.new_empty(0)
+        self.out_basis, self.in_basis = (Lent(basis, shards.group, shards.owner) for basis in exact)
+        self._exact = exact if shards.mine else None
+        self.shards = shards
 
     def forward(self, x: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -223,7 +245,8 @@ class SubspaceLayer(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
         self.fold()
-        if saved is not None and not _equal_to_rounding(saved.to(self.weight), self.get_parameter("weight")):
+        weight = _local(self.get_parameter("weight"))
+        if saved is not None and not _equal_to_rounding(_local(saved).to(weight), weight):
             errors.append(f"{prefix}core was saved by an update that began at another model")
 
     def extra_repr(self) -> str:
@@ -257,5 +280,9 @@ def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _equal_to_rounding(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).abs().max() <= 8 * torch.finfo(b.dtype).eps * b.abs().max())
+    return not b.numel() or bool((a - b).abs().max() <= 8 * torch.finfo(b.dtype).eps * b.abs().max())

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import WRAPPERS, matrix_of
 from lorica.constrain.protect import fitting_targets, freeze_all_but
+from lorica.constrain.targets import check_whole
 from lorica.errors import LoricaError
 from lorica.subspace.plan import Plan
 from lorica.subspace.sources import protected_directions
@@ -111,6 +112,7 @@ def block_constraints(
             float32 (its rounding alone would leave the set).
     """
     targets = fitting_targets(model, plan)
+    check_whole(targets, "ConstrainedOptimizer")
     constraints: dict[nn.Parameter, WeightConstraint] = {}
     store = SplitStore.from_environment()
     for entry in plan.entries:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.constrain.linear import matrix_of
-from lorica.constrain.targets import ends_in, family, find_targets, user_pattern
+from lorica.constrain.targets import check_whole, ends_in, family, find_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace import ranks as policies
 from lorica.subspace.calibration import Batch, InputStatistics, observe, own_text, random_tokens
@@ -90,6 +90,10 @@ def plan(
     _check_used(ranks, amounts | {"mrr": mrr, "trr": trr})
     protected = _protected_amount(amounts)
     targets = find_targets(model, target_modules, freeze_experts=freeze_experts)
+    if source in MEASURED:
+        check_whole(targets, f"source {source!r}")
+    elif ranks != "uniform":
+        check_whole(targets, f"ranks {ranks!r} (make the plan on one device and give protect its file)")
     observed: dict[str, InputStatistics] = {}
     if source not in MEASURED and ranks != "importance" and calibration is not None:
         raise LoricaError(

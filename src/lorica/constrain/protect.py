@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from lorica.constrain.bases import SIDES, WIDE, Bases
+from lorica.constrain.checkpoint import Weights
 from lorica.constrain.kept import KeptBases
-from lorica.constrain.linear import WRAPPERS, SubspaceLayer, matrix_of
+from lorica.constrain.linear import WRAPPERS, Aside, SubspaceLayer, matrix_of
 from lorica.constrain.origin import check_memory_mode, files_of, lean
+from lorica.constrain.sharding import Held, split_sharded
 from lorica.constrain.targets import check_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.basis import Basis
 from lorica.subspace.linalg import complement
-from lorica.subspace.plan import Plan
+from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import Protected
 
 _RECORD = "_lorica_protection"
@@ -38,6 +42,9 @@ def protect(
     Every other parameter is frozen unless ``plan.train_also`` names it; those train in their own dtype.
     The model computes what it did before, bit for bit, and goes into any Trainer or hand-written loop with
     any optimizer; build the optimizer after this call.
+
+    A model that FSDP2 has sharded (``from_pretrained`` with a ``distributed_config``, or ``fully_shard`` by hand) stays
+    sharded; all processes have to call this. Of each weight one process makes and keeps the bases.
 
     Args:
         model: the model that the plan was made for. A model on the meta device gets layers without values: what
@@ -61,27 +68,61 @@ def protect(
     check_memory_mode(memory)
     targets = fitting_targets(model, plan)
     _also_trained(model, plan)
-    bases, files = Bases(plan, memory, kept), files_of(model)
+    _check_constraints(plan)
+    told = itertools.count(1)
+
+    def tell(name: str) -> None:
+        if progress:
+            progress(name, next(told), len(plan))
+
+    work = _Wrapping(plan, memory, kept, files_of(model))
     wrapped: dict[str, SubspaceLayer] = {}
-    asides: dict[Basis, Basis] = {}
-    for done, entry in enumerate(plan.entries, start=1):
+    sharded: list[PlanEntry] = []
+    for entry in plan.entries:
+        module = targets[entry.name]
+        constrained = any(entry.protected) or matrix_of(module).dtype not in WIDE
+        if constrained and isinstance(module.weight, DTensor):
+            sharded.append(entry)
+            continue
+        if constrained:
+            wrapped[entry.name] = work.layer(entry, module)
+        tell(entry.name)
+    splits = split_sharded(sharded, targets, work.held, tell)  # the last of what can go wrong
+    free = [name for name in plan.names() if name not in wrapped and name not in splits]
+    freeze_all_but(model, plan, [targets[name].get_parameter("weight") for name in free])
+    for name, (held, shards) in splits.items():
+        wrapped[name] = WRAPPERS[type(targets[name])].wrap_sharded(targets[name], *held, shards)
+    _swap(model, {id(targets[name]): layer for name, layer in wrapped.items()})
+    return model
+
+
+class _Wrapping:
+    """Makes the protected form of one layer after the other."""
+
+    def __init__(self, plan: Plan, memory: str, kept: KeptBases | None, files: Weights | None) -> None:
+        self._bases, self._lean, self._files = Bases(plan, memory, kept), memory == "lean", files
+        self._asides: dict[Basis, Basis] = {}
+
+    def layer(self, entry: PlanEntry, module: nn.Linear | Conv1D) -> SubspaceLayer:
+        sides = self._bases.of(entry, matrix_of(module).detach())
+        return WRAPPERS[type(module)].wrap(module, *sides, self._aside(entry, module.weight.detach(), sides))
+
+    def held(self, entry: PlanEntry, weight_MN: Tensor) -> Held:
+        """Return what the owner of a sharded weight keeps of it."""
+        sides = self._bases.of(entry, weight_MN)
+        aside = self._aside(entry, weight_MN, sides)
+        return Held(weight_MN, sides) if aside is None else Held(aside.weight, aside.bases or sides)
+
+    def _aside(self, entry: PlanEntry, weight: Tensor, sides: tuple[Basis, Basis]) -> Aside | None:
+        return lean(weight, sides, self._files, f"{entry.name}.weight", self._asides) if self._lean else None
+
+
+def _check_constraints(plan: Plan) -> None:
+    for entry in plan.entries:
         if entry.constraint == "block":
             raise LoricaError(
                 f"{entry.name}: constraint 'block' is held by lorica.ConstrainedOptimizer, not by protect"
             )
-        module = targets[entry.name]
-        if any(entry.protected) or matrix_of(module).dtype not in WIDE:
-            assert isinstance(module, nn.Linear | Conv1D)  # find_targets lets nothing else pass
-            sides = bases.of(entry, matrix_of(module).detach())
-            aside = None
-            if memory == "lean":
-                aside = lean(module.weight.detach(), sides, files, f"{entry.name}.weight", asides)
-            wrapped[entry.name] = WRAPPERS[type(module)].wrap(module, *sides, aside)
-        if progress:
-            progress(entry.name, done, len(plan))
-    freeze_all_but(model, plan, [targets[n].get_parameter("weight") for n in plan.names() if n not in wrapped])
-    _swap(model, {id(targets[name]): layer for name, layer in wrapped.items()})
-    return model
 
 
 def freeze_all_but(model: nn.Module, plan: Plan, weights: Sequence[nn.Parameter]) -> None:
@@ -96,7 +137,7 @@ def freeze_all_but(model: nn.Module, plan: Plan, weights: Sequence[nn.Parameter]
     setattr(model, _RECORD, (plan, trainable))
 
 
-def fitting_targets(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+def fitting_targets(model: nn.Module, plan: Plan) -> dict[str, nn.Linear | Conv1D]:
     """Return the modules that a plan names, by name.
 
     Raises:

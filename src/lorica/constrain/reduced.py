@@ -6,12 +6,15 @@ Shape suffixes: T tokens, M output rows, N input columns, P / Q free output / in
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement
 
 from lorica.subspace.basis import Basis, Everything
 
@@ -91,6 +94,12 @@ def lift(core_PQ: Tensor, out: Basis, inp: Basis) -> Tensor:
     return inp.expand(out.expand_columns(core_PQ))
 
 
+def _averaged(gradient: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """Return the mean of all processes' gradients, each with its part of it: what FSDP2 does with its own."""
+    summands = DTensor.from_local(gradient, mesh, [Partial("avg")] * mesh.ndim, run_check=False)
+    return summands.redistribute(placements=placements)
+
+
 class ReducedLinear(torch.autograd.Function):
     """``y = x W^T + b`` whose backward pass returns dX and the gradient of the core, never of W.
 
@@ -111,6 +120,7 @@ class ReducedLinear(torch.autograd.Function):
         ctx.save_for_backward(x if product is None else product, weight_MN)
         ctx.out, ctx.inp = out, Everything(inp.free) if product is not None else inp
         ctx.x_dtype, ctx.core_dtype = x.dtype, core_PQ.dtype
+        ctx.spread = (core_PQ.device_mesh, core_PQ.placements) if isinstance(core_PQ, DTensor) else None
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, weight_MN, bias)
 
@@ -126,6 +136,8 @@ class ReducedLinear(torch.autograd.Function):
             x_TN = x.reshape(-1, x.shape[-1]).to(dy.dtype)
             out, inp = ctx.out.on(weight_MN), ctx.inp.on(weight_MN.T)
             dcore = core_gradient(dy_TM, x_TN, out, inp).to(ctx.core_dtype)
+            if ctx.spread is not None:
+                dcore = _averaged(dcore, *ctx.spread)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
             dbias = dy_TM.sum(0).to(ctx.bias_dtype)
         return dx, dcore, None, dbias, *[None] * (len(ctx.needs_input_grad) - 4)

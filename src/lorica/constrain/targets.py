@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer
 from lorica.errors import LoricaError, did_you_mean
@@ -151,11 +152,22 @@ def _check(name: str, module: nn.Module, owners: Mapping[int, int], *, dry_run: 
     weight = module.get_parameter("weight")
     if weight.is_meta and not dry_run:
         raise LoricaError(f"{name} has no values yet (meta device); load the weights before lorica.protect")
-    if weight.dtype not in DTYPES or type(weight.data) is not Tensor:
+    if weight.dtype not in DTYPES or type(weight.data) not in (Tensor, DTensor):
         kind = weight.dtype if weight.dtype not in DTYPES else type(weight.data).__name__
-        raise LoricaError(f"{name} holds {kind}; load the model unquantised and unsharded")
+        raise LoricaError(f"{name} holds {kind}; load the model unquantised")
     if owners[id(weight)] > 1:
         raise LoricaError(f"{name}.weight is tied to another parameter; leave it out of target_modules")
+
+
+def check_whole(targets: Mapping[str, nn.Module], what: str) -> None:
+    """Refuse weights that are sharded over processes.
+
+    Args:
+        what: does not know how to work on them.
+    """
+    for name, module in targets.items():
+        if isinstance(module.weight, DTensor):
+            raise LoricaError(f"{what} needs whole weights, and {name}.weight is sharded over processes")
 
 
 _OUTSIDE = re.compile(r"embed|lm_head|(^|\.)(shared|wte|wpe|head|score|classifier|pooler|router)\.|norm|\.gate\.")

@@ -18,6 +18,7 @@ from lorica.constrain.optimizer import ConstrainedOptimizer, WeightConstraint
 from lorica.constrain.planning import plan
 from lorica.constrain.projections import GradientOnly, Sides
 from lorica.constrain.protect import fitting_targets, freeze_all_but, release
+from lorica.constrain.targets import check_whole
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress, Targets
 from lorica.methods.task import TaskData
@@ -72,10 +73,11 @@ class OSFTFactored(Method):
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
         self.plan = self._plan(model) if self.kept is None else self.kept.plan
         targets = fitting_targets(model, self.plan)
-        for name, layer in targets.items():
-            if matrix_of(layer).dtype not in (torch.float32, torch.float64):
+        check_whole(targets, "method 'osft-factored'")
+        for name, module in targets.items():
+            if matrix_of(module).dtype not in (torch.float32, torch.float64):
                 raise LoricaError(
-                    f"{name} is {matrix_of(layer).dtype}; method 'osft-factored' needs float32 weights: load the "
+                    f"{name} is {matrix_of(module).dtype}; method 'osft-factored' needs float32 weights: load the "
                     "model as float32"
                 )
         for done, entry in enumerate(self.plan.entries, start=1):

@@ -1,0 +1,143 @@
+"""Layers whose parameters FSDP2 shards: one process owns W0 and the bases of each, and folds it for all.
+
+FSDP2 leaves each of R processes a part of every weight and every core, and brings the whole of them together while
+they are used. W0 and the bases are no parameters: those of each layer lie whole at one process, its owner, so that each
+process has those of one layer in R. The owner sends the bases to the others in the backward pass, where they are
+dropped after use. After the optimizer's step it gets the core, folds as on a single device, and sends each process its
+part of the weight: all-to-alls of 1 / R of the numbers that a gather would move.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lorica.constrain.transport import from_owners, group_of, to_owners
+from lorica.subspace.basis import Basis
+
+if TYPE_CHECKING:
+    from lorica.constrain.linear import SubspaceLayer
+
+
+class Shards(NamedTuple):
+    """Where the parts of a layer lie.
+
+    Attributes:
+        group: the processes that its parameters are sharded over.
+        owner: which of them, by its rank in the group, holds W0 and the bases.
+        core, weight: the sharded parameters; while the layer is used it has gathered ones in their place.
+    """
+
+    group: dist.ProcessGroup
+    owner: int
+    core: DTensor
+    weight: DTensor
+
+    @property
+    def mine(self) -> bool:
+        """Whether this process is the owner."""
+        return self.group.rank() == self.owner
+
+
+class Lent(Basis):
+    """A basis that lies at its owner, who sends it to all when it is to be multiplied by.
+
+    Args:
+        basis: all but the owner keep its form alone.
+        group, owner: see ``Shards``.
+    """
+
+    def __init__(self, basis: Basis, group: dist.ProcessGroup, owner: int) -> None:
+        super().__init__(basis.dim, basis.free)
+        kept = basis if group.rank() == owner else basis.mapped(lambda tensor: tensor.to("meta"))
+        self._kept = (kept,)  # in a tuple: no submodule, whose buffers would move about with the model
+        self._group, self._owner = group, owner
+
+    def on(self, weight_DS: Tensor) -> Basis:
+        """Return the basis, in the dtype of the weight; all processes have to ask for theirs in the same order."""
+        (kept,) = self._kept
+        parts = [weight_DS.new_empty(part.shape) if part.is_meta else part.to(weight_DS) for part in kept.buffers()]
+        if parts:
+            flat = torch.cat([part.flatten() for part in parts])
+            dist.broadcast(flat, group=self._group, group_src=self._owner)
+            parts = list(flat.split([part.numel() for part in parts]))
+        arrived = iter(parts)
+        return kept.mapped(lambda part: next(arrived).view(part.shape)).on(weight_DS)
+
+    def flops(self) -> int:
+        return self._kept[0].flops()
+
+
+def settle(layers: Sequence[SubspaceLayer]) -> None:
+    """Give the layers that FSDP2 has sharded meanwhile an owner each; W0 and the bases are dropped everywhere else.
+
+    Every process comes to the same result by itself.
+    """
+    new = [layer for layer in layers if layer.shards is None and isinstance(layer.core, DTensor)]
+    for group, alike in _by_group(new).items():
+        for layer, owner in zip(alike, shared_out([layer.held for layer in alike], group.size()), strict=True):
+            core, weight = layer.core, layer.weight
+            assert isinstance(core, DTensor)
+            assert isinstance(weight, DTensor)
+            layer.shard(Shards(group, owner, core, weight))
+
+
+def _by_group(layers: Sequence[SubspaceLayer]) -> dict[dist.ProcessGroup, list[SubspaceLayer]]:
+    groups: dict[dist.ProcessGroup, list[SubspaceLayer]] = {}
+    for layer in layers:
+        assert isinstance(layer.weight, DTensor)
+        groups.setdefault(group_of(layer.weight), []).append(layer)
+    return groups
+
+
+def shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Return an owner for each of several things: the largest goes first, each to the process that has the least."""
+    load, owners = [0] * ranks, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        owners[index] = load.index(min(load))
+        load[owners[index]] += sizes[index]
+    return owners
+
+
+Owned = TypeVar("Owned")
+
+
+def turns(owned: Iterable[tuple[int, Owned]], ranks: int) -> Iterator[list[Owned | None]]:
+    """Deal things out in turns: each has one of every owner's, by rank, or None where one has no more."""
+    queues: list[list[Owned]] = [[] for _ in range(ranks)]
+    for owner, one in owned:
+        queues[owner].append(one)
+    yield from (list(turn) for turn in itertools.zip_longest(*queues))
+
+
+@torch.no_grad()
+def fold(layers: Sequence[SubspaceLayer]) -> None:
+    """Set the weights of sharded layers to ``W0 + Q_U M Q_V^T``; all processes of their groups have to call it.
+
+    In turns, with one layer of each owner at a time, so that no process holds more than one whole weight.
+    """
+    alike: dict[tuple[Any, ...], list[SubspaceLayer]] = {}
+    for layer in layers:
+        shards = _shards(layer)
+        alike.setdefault((shards.group, shards.core.dtype, shards.weight.dtype), []).append(layer)
+    for (group, *_), same in alike.items():
+        for turn in turns(((_shards(layer).owner, layer) for layer in same), group.size()):
+            _fold_turn(turn, group)
+
+
+def _fold_turn(turn: Sequence[SubspaceLayer | None], group: dist.ProcessGroup) -> None:
+    own = turn[group.rank()]
+    core_PQ = to_owners([None if layer is None else _shards(layer).core for layer in turn], group)
+    whole = None if own is None or core_PQ is None else own.folded(core_PQ)
+    from_owners(whole, [None if layer is None else _shards(layer).weight for layer in turn], group)
+
+
+def _shards(layer: SubspaceLayer) -> Shards:
+    assert layer.shards is not None
+    return layer.shards
