@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import LoricaError
+from lorica.json_file import load_record
 from lorica.report import read_record
 from lorica.report.reading import SWEEP
 
@@ -42,10 +43,13 @@ def kept_part(file: Path) -> dict[str, Any]:
     """Return a record without what grows with the model and without the names of folders.
 
     Raises:
-        LoricaError: the file is no record.
+        LoricaError: the file is no record, or was changed.
     """
     read_record(file)
-    record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        record: dict[str, Any] = load_record(file)
+    except ValueError as error:
+        raise LoricaError(f"{file}: {error}") from error
     settings = record["config"]["run"]
     model = settings["model_name_or_path"]
     names = {settings[field]: name for field, name in FOLDERS.items() if settings[field]}

@@ -80,6 +80,11 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--train_file", "{rows}", "--output_dir", "{tmp}"], r"is not empty"),
     (["--train_file", "{rows}", "--output_dir", "{empty}/out"], r"--output_dir .*: .*empty\.jsonl is a file"),
     (["--train_file", "{rows}", "--learning_rate", "--bf16", "false"], r"--learning_rate needs a value"),
+    (["--train_file", "{rows}", "--effective_rank", "most"], r"--effective_rank: expected a share such as 0\.5"),
+    (["--train_file", "{rows}", "--dtype", "floaty"], r"--dtype floaty is no dtype"),
+    (["--train_file", "{model}"], r"that is the folder of a model, not of rows"),
+    (["--train_flie", "{rows}"], r"give what to learn: .*; 'train_flie' is no option\. Did you mean 'train_file'\?"),
+    (["--train_file", "{rows}", "--remember_rows", "3"], r"--method osft: remember_rows has no effect without"),
     (["--train_file", "{rows}", "--model_name_or_path", "{nan}"], r"self_attn\.q_proj: .*holds NaN or inf"),
 ]  # fmt: skip
 
@@ -97,6 +102,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     tmp_path: Path,
 ) -> None:
     places = {"tmp": str(tmp_path), "rows": rows("new"), "nan": str(_with_nan(llama_folder, tmp_path / "nan"))}
+    places["model"] = str(llama_folder)
     for name, text in {"empty": "", "broken": '{"text": "a"}\n{"text"\n', "incomplete": '{"prompt": "a"}\n'}.items():
         places[name] = str(tmp_path / f"{name}.jsonl")
         Path(places[name]).write_text(text)
@@ -106,12 +112,14 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     given = [word.format(**places) if "{" in word else word for word in words]
     defaults = {"--model_name_or_path": str(llama_folder), "--output_dir": str(out)}
     given += [word for pair in defaults.items() if pair[0] not in given for word in pair]
-    status, _, errors = command("train", *given)
+    status, told, errors = command("train", *given)
     last = errors.strip().splitlines()
     assert status == 2, errors
     assert re.search(message, errors), errors
     assert "Traceback" not in errors
-    assert sum(line.startswith("lorica: ") for line in last) == 1
+    (complaint,) = [line.removeprefix("lorica: ") for line in last if line.startswith("lorica: ")]
+    assert "not forecast" not in told, "it is told once"
+    assert complaint not in told
     assert not out.exists()
 
 
@@ -179,3 +187,14 @@ def test_command_line_wins_over_the_file(
 
 def test_the_version_is_told(command: Run) -> None:
     assert command("--version") == (0, f"lorica {lorica.__version__}\n", "")
+
+
+def test_python_m_lorica_is_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "lorica", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"lorica {lorica.__version__}\n", "")
+
+
+def test_audit_has_somewhere_to_write_before_it_begins(command: Run, llama_folder: Path, tmp_path: Path) -> None:
+    status, out, errors = command("audit", str(llama_folder), str(llama_folder), "--json", str(tmp_path / "no" / "a"))
+    assert (status, out) == (2, "")
+    assert re.fullmatch(r"lorica: --json .*: there is no folder .*no\n", errors)

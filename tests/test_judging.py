@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorica.errors import LoricaError
 from lorica.evaluation.judge import IDENTICAL, Verdict
+from lorica.json_file import load_record
 from lorica.judging import judge_models
 from tests.training.conftest import llama_folder, t5_folder  # noqa: F401
 
@@ -78,7 +79,7 @@ def test_the_files_hold_what_was_asked_answered_and_judged(
     verdict = {"choice": "second", "reason": "", "raw": "about What is it?", "usable": True}
     assert rows[0]["before_first"] == verdict
     assert rows[0]["after_first"] == verdict | {"choice": "first"}
-    written = json.loads((out / "judge.json").read_text())
+    written = load_record(out / "judge.json")
     assert written == json.loads(json.dumps(record))
     assert written["kind"] == "judge"
     assert written["win"]["percent"] == pytest.approx(200 / 3)

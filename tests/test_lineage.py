@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import lorica
 from lorica.errors import LoricaError
 from lorica.lineage import forgotten, read_lineage, weights_sha256
+from lorica.verification import verify
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 
 Rows = Callable[..., str]
@@ -93,6 +94,33 @@ def test_an_update_that_forgets_too_much_is_kept_aside(llama_folder: Path, rows:
     assert (tmp_path / "three" / "model.safetensors").is_file()
 
 
+@pytest.mark.reliability("R19")
+def test_a_finished_update_that_is_judged_anew_is_only_where_the_last_verdict_puts_it(
+    llama_folder: Path, rows: Rows, tmp_path: Path
+) -> None:
+    """The limit is no part of the weights: gone on with from its last checkpoint, an update is measured once more."""
+    known, out = rows("known", count=8, completion=" 1"), tmp_path / "two"
+    update(llama_folder, tmp_path / "one", known, max_steps=40, method="seqft")
+    other = rows("other", count=8, completion=" 2")
+    common: dict[str, Any] = {"retention_file": known, "max_steps": 40, "method": "seqft", "save_steps": 40}
+    assert update(tmp_path / "one", out, other, max_forgetting=100, **common)["rejected"] == {}
+    weights = (out / "model.safetensors").read_bytes()
+    with pytest.raises(LoricaError, match=r"two is not empty; name another folder"):
+        update(tmp_path / "one", out, other, max_forgetting=5, **common)
+    assert (out / "model.safetensors").read_bytes() == weights
+    again = common | {"resume_from_checkpoint": "true"}
+    for limit, rejected in ((5, True), (100, False), (5, True), (None, False)):
+        record = update(tmp_path / "one", out, other, max_forgetting=limit, **again)
+        assert bool(record["rejected"]) == rejected
+        (place,) = (path.parent for path in out.rglob("model.safetensors") if "checkpoint" not in path.parent.name)
+        assert place == (out / "rejected" if rejected else out)
+        assert (place / "model.safetensors").read_bytes() == weights
+        assert (out / "config.json").exists() != rejected
+        assert (out / "rejected").exists() == rejected
+        assert record["config"]["max_forgetting"] == limit
+        assert not [one for one in verify(out) if one.problem]
+
+
 def test_the_limit_counts_each_file() -> None:
     def scored(**files: float) -> dict[str, Any]:
         return {"retention": {name: {"exact_match": value} for name, value in files.items()}}
@@ -109,8 +137,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"max_forgetting": 3, "retention_file": "text"}, r"--max_forgetting counts points of exact match, and"),
     "bound": ({"method": "joint"}, r"method 'joint' is a bound on a whole stream; it runs with lorica run"),
     "per-task": ({"method": "per-task"}, r"method 'per-task' is a bound"),
-    "option": ({"method": "lora", "method_options": ["rank=4"]}, r"unknown option 'rank'; it takes .*r, "),
-    "value": ({"method": "lora", "method_options": ["r=four"]}, r"option 'r': .*'four'"),
+    "option": ({"method": "lora", "method_options": ["rank=4"]}, r"--method_options rank: unknown option of method"),
+    "its own": ({"method_options": ["ranks=energy"]}, r"--method_options ranks: .*give it as --ranks"),
+    "no option": ({"method_options": ["rank=4"]}, r"rank: unknown option of method 'osft'; it takes none"),
+    "value 0": ({"method": "lora", "method_options": ["r=-1"]}, r"^--method lora --method_options r=-1: r = -1 is"),
+    "value": ({"method": "lora", "method_options": ["r=four"]}, r"lora --method_options r=four: option 'r': .*'four'"),
     "form": ({"method": "lora", "method_options": ["r"]}, r"--method_options: expected NAME=VALUE"),
     "foreign": ({"method": "lora", "mrr": 0.2}, r"mrr has no effect with method 'lora'"),
 }  # fmt: skip

@@ -90,7 +90,10 @@ def test_whose_yaml_a_file_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
-        (["no.jsonl"], {}, r"ability 'no': no file .*no\.jsonl"),
+        (["no.jsonl"], {}, r"^--tasks no\.jsonl: no such file"),
+        (["{rows}l"], {}, r"Did you mean '.*/a\.jsonl'\?"),
+        (["generl"], {}, r"Did you mean 'general'\?"),
+        (["trace"], {}, r"stream 'trace', .*: no file trace/.*test\.json; give .*--data_dir"),
         (["no.yaml"], {}, r"no\.yaml: cannot read the stream"),
         (["{rows}", "{rows}"], {}, r"--tasks names 'a' twice"),
         (["generall"], {}, r"generall.*lorica\[lm-eval\]|lm-eval has no task 'generall'"),

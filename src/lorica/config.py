@@ -24,7 +24,10 @@ from lorica.values import with_training
 def _count_or_share(value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    return int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+    try:
+        return int(value) if re.fullmatch(r"[+-]?\d+", value) else float(value)
+    except ValueError:
+        raise ValueError("expected a share such as 0.5, or a count of directions such as 64") from None
 
 
 Amount = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_share)]

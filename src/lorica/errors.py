@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 from lorica.redaction import redacted
 
@@ -46,6 +47,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     short = [one for one in known if len(one) <= _LONGEST_NAME] if len(name) <= _LONGEST_NAME else []
     near = difflib.get_close_matches(name, short, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def names_beside(path: str) -> list[str]:
+    """Return what lies in the folder of a path where there is nothing, spelled as the path is; for ``did_you_mean``."""
+    folder = Path(path).parent
+    try:
+        return [str(folder / entry.name) for entry in folder.expanduser().iterdir()]
+    except OSError:
+        return []
 
 
 def one_line(text: object, limit: int = 300) -> str:

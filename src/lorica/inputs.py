@@ -81,6 +81,8 @@ class Inputs:
 
     def _load(self, path: str, *, new_task: bool = False) -> EncodedDataset:
         config = self.config
+        if (Path(path) / "config.json").is_file():
+            raise LoricaError(f"{path}: that is the folder of a model, not of rows")
         report = validate(
             path,
             config.dataset_format if new_task else None,

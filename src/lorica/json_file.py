@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ from lorica.errors import LoricaError, one_line
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_DEPTH = 64
+
+SEAL = "record_sha256"
+"""Field of a record that holds the SHA-256 of all its other fields."""
+
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -45,6 +51,35 @@ def load_json(path: Path, *, constants: bool = False) -> Any:
     if len(raw) > MAX_JSON_BYTES:
         raise ValueError(f"over {MAX_JSON_BYTES:,} bytes")
     return parse_json(raw, constants=constants)
+
+
+def load_record(path: Path) -> Any:
+    """Return what a file holds that was written with a hash of itself, without the hash; see ``sealed``.
+
+    A record of before there was one is taken as it is.
+
+    Raises:
+        OSError, ValueError: see ``load_json``; or it was changed.
+    """
+    record = load_json(path, constants=True)
+    if not isinstance(record, dict):
+        return record
+    if seal_broken(record):
+        raise ValueError(f"it was changed since it was written: its {SEAL} is that of other content")
+    return {name: value for name, value in record.items() if name != SEAL}
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record that carries a hash of itself: a change of any value shows, another layout is none."""
+    bare = {name: value for name, value in record.items() if name != SEAL}
+    as_read = json.loads(json.dumps(bare))  # a file's keys are strings, and its sequences lists
+    canonical = json.dumps(as_read, sort_keys=True, separators=(",", ":"))
+    return bare | {SEAL: hashlib.sha256(canonical.encode()).hexdigest()}
+
+
+def seal_broken(record: Mapping[str, Any]) -> bool:
+    """Tell whether a record carries a hash that is not its own."""
+    return SEAL in record and record[SEAL] != sealed(record)[SEAL]
 
 
 def parse_json(raw: bytes | str, *, constants: bool = False) -> Any:

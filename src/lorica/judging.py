@@ -19,7 +19,7 @@ from lorica.evaluation.prompts import Prompt, read_prompts
 from lorica.evaluation.refusal import refusal_rate
 from lorica.files import sha256, writing
 from lorica.hub import commit_of
-from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
+from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_record
 from lorica.redaction import cleaned
 from lorica.told import progress_bar
 from lorica.training.models import position_limit, read_model, read_model_config, read_tokenizer
@@ -107,7 +107,7 @@ def judge_models(
         "seconds": watch.seconds,
         **environment(),
     }
-    write_json(folder / RECORD, record)
+    write_record(folder / RECORD, record)
     for line in told(record):
         say(line)
     say(f"judgements: {folder / JUDGEMENTS}   record: {folder / RECORD}")

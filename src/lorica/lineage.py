@@ -14,7 +14,7 @@ from torch import Tensor
 from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
 from lorica.files import Listing, listing, make_folder, move_into, sync_folder
-from lorica.json_file import load_json
+from lorica.json_file import load_record
 from lorica.memory import load_memory, save_memory
 from lorica.methods import METHODS
 from lorica.record import redacted
@@ -76,10 +76,13 @@ def read_lineage(model: str) -> Lineage:
     if not file.is_file():
         return Lineage(str(folder), weights)
     try:
-        record = load_json(file, constants=True)
+        record = load_record(file)
         updates = int((record.get("parent") or {}).get("updates") or 0) + 1
     except (OSError, ValueError, AttributeError) as error:
-        raise LoricaError(f"{file}: cannot read the record of the update before: {error}") from error
+        raise LoricaError(
+            f"{file}: cannot read the record of the update before: {error}; restore it, or remove it to begin without "
+            "what it tells"
+        ) from error
     return Lineage(str(folder), weights, updates, record.get("method"))
 
 
@@ -136,6 +139,24 @@ def candidate(output_dir: Path) -> Path:
     return folder
 
 
+def settle(output_dir: Path, limit: float | None, lost: Mapping[str, float]) -> Path:
+    """Put the model of an update where its verdict sends it, and return where.
+
+    An update that had ended may be gone on with, and judged anew: what the verdict before put elsewhere goes.
+
+    Args:
+        limit: None: the model is in its place already, no verdict was asked for.
+        lost: what it lost too much of; empty: it is accepted.
+    """
+    if lost:
+        return reject(output_dir)
+    if limit is not None:
+        promote(output_dir)
+    for aside in (CANDIDATE, REJECTED):
+        shutil.rmtree(output_dir / aside, ignore_errors=True)
+    return output_dir
+
+
 def promote(output_dir: Path) -> Path:
     """Move an accepted candidate to where the model belongs, and return that."""
     move_into(output_dir / CANDIDATE, output_dir)
@@ -145,7 +166,12 @@ def promote(output_dir: Path) -> Path:
 
 def reject(output_dir: Path) -> Path:
     """Keep a candidate that forgot too much aside, where nobody loads it by mistake, and return where."""
+    waiting = output_dir / CANDIDATE
+    names = [file.relative_to(waiting) for file in waiting.rglob("*") if file.is_file()]
+    weights_first = sorted(names, key=lambda name: name.suffix != ".safetensors")  # no loader takes the rest alone
+    for name in weights_first:
+        (output_dir / name).unlink(missing_ok=True)  # of the same update, ended before with another verdict
     shutil.rmtree(output_dir / REJECTED, ignore_errors=True)  # of the same update, stopped before it was recorded
-    rejected = (output_dir / CANDIDATE).rename(output_dir / REJECTED)
+    rejected = waiting.rename(output_dir / REJECTED)
     sync_folder(output_dir)
     return rejected

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.files import write_text
+from lorica.json_file import sealed
 from lorica.redaction import redacted as redacted
 
 SCHEMA = 1
@@ -61,6 +62,11 @@ def peak_cuda_memory() -> int | None:
     import torch
 
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record with a hash of itself, for ``load_record`` and ``lorica verify``; see ``write_json``."""
+    write_json(path, sealed(_finite(record)))
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

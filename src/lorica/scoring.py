@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from lorica.benchmarks import catalogue, find_stream
+from lorica.benchmarks import catalogue, check_data, find_stream
 from lorica.bootstrap import interval
 from lorica.data.dataset import EncodedDataset
 from lorica.data.positions import position_limit
-from lorica.data.reader import READERS
-from lorica.data.scored import Ability, Scored
+from lorica.data.scored import Scored
 from lorica.data.stream import TaskStream
 from lorica.data.task_rows import load_rows
 from lorica.errors import LoricaError
 from lorica.evaluation.metrics import checked, majority_floor
 from lorica.evaluation.scorer import check_answers, score_task
-from lorica.experiments.abilities import check_harness
+from lorica.experiments.abilities import check_harness, is_rows, rows_of
 from lorica.hub import commits
 from lorica.lineage import weights_sha256
 from lorica.record import SCHEMA, Stopwatch, environment, redacted, write_json
@@ -46,16 +45,16 @@ class Evaluation:
         self.say, self.watch = cleaned(say), Stopwatch()
         if options.output_file and not Path(options.output_file).parent.is_dir():
             raise LoricaError(f"--output_file {options.output_file}: there is no such folder")
+        self.harness = [task for task in options.tasks if not _is_ours(task)]
+        check_harness(self.harness, "--tasks", require_pinned=options.require_pinned)
+        found = _named(self._scored())
+        check_data(found.values(), options.data_dir, trains=False)
         name, more = options.model_name_or_path, {"revision": options.model_revision}
         trust = options.trust_remote_code
         self.tokenizer = read_tokenizer(name, trust_remote_code=trust, **more)
         self.model_config = read_model_config(name, trust_remote_code=trust, **more)
         self.kind = "seq2seq" if self.model_config.is_encoder_decoder else "causal"
-        self.harness = [task for task in options.tasks if not _is_ours(task)]
-        check_harness(self.harness, require_pinned=options.require_pinned)
-        self.rows = {
-            name: (scored, self._rows(stream, scored)) for name, (stream, scored) in _named(self._scored()).items()
-        }
+        self.rows = {name: (scored, self._rows(stream, scored)) for name, (stream, scored) in found.items()}
 
     def run(self) -> dict[str, Any]:
         """Score everything and return the record."""
@@ -77,20 +76,20 @@ class Evaluation:
             write_json(Path(options.output_file), record)
         return record
 
-    def _scored(self) -> Iterable[tuple[TaskStream, Scored]]:
+    def _scored(self) -> Iterable[tuple[str, TaskStream, Scored]]:
         for task in self.options.tasks:
             if not _is_ours(task):
                 continue
-            if Path(task).suffix.lower() in READERS or Path(task).is_dir():
-                ability = Ability(name=Path(task).stem, test_file=task, metric=self.options.metric)
-                yield TaskStream(name="", version=1, description="", tasks=[], held_out=[ability]), ability
+            if is_rows(task):
+                rows = rows_of(task, "--tasks", self.options.metric)
+                yield rows.name, rows.stream, rows.scored
                 continue
             stream = find_stream(task).within(self.options.data_dir)
             wanted = self.options.only
             stream.only(wanted)  # names that there are
             for scored in (*stream.in_order(None), *stream.held_out):
                 if not wanted or scored.name in wanted:
-                    yield stream, scored
+                    yield f"{stream.name}/{scored.name}", stream, scored
 
     def _rows(self, stream: TaskStream, scored: Scored) -> Any:
         for metric in (scored.metric, *scored.metrics_beside):
@@ -138,14 +137,11 @@ class Evaluation:
         return weights_sha256(folder) if folder.is_dir() else None
 
 
-def _named(found: Iterable[tuple[TaskStream, Scored]]) -> dict[str, tuple[TaskStream, Scored]]:
+def _named(found: Iterable[tuple[str, TaskStream, Scored]]) -> dict[str, tuple[TaskStream, Scored]]:
     """Name what is scored: STREAM/TASK, or a file's stem; its path where two share a stem."""
     every = list(found)
-    names = [f"{stream.name}/{scored.name}" if stream.name else scored.name for stream, scored in every]
-    named = {
-        name if names.count(name) == 1 else scored.test_file: (stream, scored)
-        for name, (stream, scored) in zip(names, every, strict=True)
-    }
+    names = [name for name, _, _ in every]
+    named = {name if names.count(name) == 1 else scored.test_file: (stream, scored) for name, stream, scored in every}
     if len(named) < len(every):
         raise LoricaError(f"--tasks names {next(name for name in names if names.count(name) > 1)!r} twice")
     return named
@@ -155,7 +151,7 @@ def _is_ours(task: str) -> bool:
     path = Path(task)
     if path.suffix in (".yaml", ".yml"):
         return "task" not in top_names(compose_yaml(path, "stream"))  # lm-eval has one task, streams have tasks
-    return task in catalogue() or path.suffix.lower() in READERS or path.is_dir()
+    return task in catalogue() or is_rows(task)
 
 
 def _device() -> str:

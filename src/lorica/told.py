@@ -39,6 +39,9 @@ def progress_bar(what: str) -> Callable[[str, int, int], None]:
 def foreseen(config: UpdateConfig, inputs: Inputs) -> tuple[Way | None, list[str]]:
     """Return what a run will need, and the lines that say so; call it before the model is loaded.
 
+    Where nothing can be foretold there is one line that says why. It may be a mistake of the user's, which the method
+    refuses once it has the model: tell it after that, or it is told twice.
+
     Raises:
         LoricaError: the disk has not the room for it.
     """

@@ -23,13 +23,12 @@ from lorica.lineage import (
     combined,
     forgotten,
     keep_memory,
-    promote,
     read_lineage,
-    reject,
+    settle,
 )
 from lorica.memory import size_of
-from lorica.methods import METHODS, Protection, TaskData
-from lorica.record import SCHEMA, Stopwatch, environment, peak_cuda_memory, peak_memory, redacted, write_json
+from lorica.methods import METHODS, Protection, TaskData, build_method
+from lorica.record import SCHEMA, Stopwatch, environment, peak_cuda_memory, peak_memory, redacted, write_record
 from lorica.redaction import cleaned
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
@@ -104,7 +103,7 @@ class Update:
         self.inputs = Inputs(
             config, self.tokenizer, seq2seq=self.seq2seq, position_limit=position_limit(self.model_config)
         )
-        self.method = METHODS[config.method].build(self._method_options())
+        self.method = build_method(config.method, self._method_options(), config.method_options)
         self.lineage = read_lineage(config.model_name_or_path)
         check_single_update(config.method)
         check_forgetting(config.max_forgetting, self.inputs.retention)
@@ -122,7 +121,7 @@ class Update:
 
     def _run(self) -> dict[str, Any]:
         way, lines = foreseen(self.config, self.inputs)
-        for line in lines:
+        for line in lines if way else []:
             self.say(line)
         set_seed(self.arguments.seed)
         self.method.load_state_dict(self.lineage.memory(self.config.method))
@@ -132,6 +131,8 @@ class Update:
         if told := self.lineage.notice(self.config.method):
             self.say(f"notice: {told}")
         plan = self._begin(model)
+        for line in [] if way else lines:  # only now: what is wrong with the options is an error by here
+            self.say(line)
         output_dir = make_output_dir(self.config.output_dir)
         write_identity(output_dir, self._identity())
         if plan is not None:
@@ -190,10 +191,8 @@ class Update:
 
     def _finish(self, output_dir: Path, record: dict[str, Any]) -> None:
         record["rejected"] = forgotten(record["scores"], self.config.max_forgetting)
-        kept = output_dir
-        if self.config.max_forgetting is not None:
-            kept = reject(output_dir) if record["rejected"] else promote(output_dir)
-        write_json(output_dir / "lorica.json", record)
+        kept = settle(output_dir, self.config.max_forgetting, record["rejected"])
+        write_record(output_dir / "lorica.json", record)
         page = write_report([output_dir / "lorica.json"], output_dir)
         if not self.keeps_checkpoints:
             remove_checkpoints(output_dir)
@@ -207,10 +206,10 @@ class Update:
         self.say(f"model: {kept}   record: {output_dir / 'lorica.json'}   report: {page}")
 
     def _method_options(self) -> dict[str, Any]:
-        """Return the options of the method: those of the configuration that were given, and its own.
+        """Return the options of the configuration that were given and are the method's too.
 
         Raises:
-            LoricaError: an option that the method does not have.
+            LoricaError: one that the method does not have.
         """
         config = self.config
         names = {f.name for f in fields(Protection)} & UpdateConfig.model_fields.keys() - {"calibration"}
@@ -221,7 +220,7 @@ class Update:
         for name in sorted(given.keys() - known):
             if given.pop(name) is not None:
                 raise LoricaError(f"{name} has no effect with method {config.method!r}")
-        return given | config.method_options
+        return given
 
     def _task(self) -> TaskData:
         rows = self.inputs.train

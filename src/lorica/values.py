@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,7 +45,15 @@ def with_training(kind: type[Model], values: dict[str, Any]) -> Model:
     try:
         return kind.model_validate(own | {"training": training})
     except ValidationError as error:
-        raise LoricaError(explain(error)) from error
+        message = explain(error)
+        raise LoricaError(message + _misspelt(message, training)) from error
+
+
+def _misspelt(message: str, others: Iterable[str]) -> str:
+    """Return the hint that an option which a message asks for was given, under a name that is nearly its own."""
+    asked = re.findall(r"--(\w+)", message)
+    hints = {name: did_you_mean(name, asked) for name in others}
+    return next((f"; {name!r} is no option.{hint}" for name, hint in hints.items() if hint), "")
 
 
 def validated(kind: type[Model], values: dict[str, Any]) -> Model:

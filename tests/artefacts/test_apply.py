@@ -15,6 +15,7 @@ import lorica
 from lorica.artefacts.apply import apply_updates
 from lorica.artefacts.export import export_update
 from lorica.errors import LoricaError
+from lorica.json_file import sealed
 from tests.artefacts.conftest import before_and_after, same_files, saved, stored, updated
 from tests.builders import batch, tiny
 
@@ -323,8 +324,8 @@ def test_a_header_that_was_changed_is_refused(tmp_path: Path) -> None:
     header = json.loads(path.read_text())
     key = next(k for k, state in header["tensors"].items() if state["before"] != state["after"])
 
-    def refused(changed: object, message: str) -> None:
-        path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    def refused(changed: dict[str, Any] | str, message: str) -> None:
+        path.write_text(changed if isinstance(changed, str) else json.dumps(sealed(changed)))
         with pytest.raises(LoricaError, match=message):
             apply(before, tmp_path / "update", tmp_path / "on")
         assert nothing_left(tmp_path)
@@ -338,6 +339,7 @@ def test_a_header_that_was_changed_is_refused(tmp_path: Path) -> None:
     refused(header | {"files": {"../before/model.safetensors": "0"}}, "is no file of an update")
     refused(header | {"surprise": 1}, "surprise: Extra inputs are not permitted")
     refused("{", "damaged: Expecting")
+    refused(json.dumps(header | {"family": "gpt2"}), "damaged: it was changed since it was written")
     path.unlink()
     refused_as = tmp_path / "update"
     with pytest.raises(LoricaError, match="no saved update"):

@@ -14,6 +14,7 @@ from lorica.artefacts import file
 from lorica.artefacts.apply import apply_updates
 from lorica.artefacts.export import export_update
 from lorica.errors import LoricaError
+from lorica.json_file import load_record
 from tests.artefacts.conftest import before_and_after, same_files, saved, stored
 from tests.builders import tiny
 
@@ -61,7 +62,7 @@ def test_what_is_told(tmp_path: Path) -> None:
         f"from model {result['before'][:12]} to {result['after'][:12]}, bit for bit the recorded model",
         f"model: {tmp_path / 'on'}",
     ]
-    assert json.loads((tmp_path / "on" / "lorica.json").read_text()) == json.loads(json.dumps(record))
+    assert load_record(tmp_path / "on" / "lorica.json") == json.loads(json.dumps(record))
 
 
 def test_how_the_files_are_cut_is_no_part_of_a_model(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 from transformers import AutoTokenizer
 
+import lorica
 from lorica.benchmarks import catalogue, find_stream
 from lorica.data.scored import Scored
 from lorica.data.stream import TaskStream
@@ -207,3 +208,30 @@ def test_real_rows_load(name: str, task: str) -> None:
         assert row.answer
         assert not row.choices or row.answer in row.choices
         assert len(row.prompt_ids or []) <= (scored.max_prompt_length or stream.max_length)
+
+
+def test_data_that_is_not_there_is_refused_before_a_model_is_asked_for(tmp_path: Path) -> None:
+    """The model's name means nothing, so whoever looked for it would complain of it."""
+    given = {"model_name_or_path": "nobody/nothing", "output_dir": str(tmp_path / "out"), "methods": "seqft"}
+
+    def message(stream: str, **more: Any) -> str:
+        with pytest.raises(LoricaError) as caught:
+            lorica.run(given | {"stream": stream} | more)
+        return str(caught.value)
+
+    needs = "give the folder that holds trace/C-STANCE/train.json (and 15 more of its files) as --data_dir"
+    assert needs in message("trace")
+    assert "no file cl/amazon/train.json; give the folder" in message("cl-standard"), "the hub has the others"
+    (tmp_path / "data" / "trace" / "C-STANCE").mkdir(parents=True)
+    (tmp_path / "data" / "trace" / "C-STANCE" / "train.json").write_text("[]")
+    for folder, told in {
+        tmp_path / "none": "there is no such folder; it is to hold trace/C-STANCE/train.json (and 15 more",
+        tmp_path: f"it holds no trace/C-STANCE/train.json .*Did you mean '{tmp_path / 'data'}'",
+        tmp_path / "data" / "trace": f"Did you mean '{tmp_path / 'data'}'",
+        tmp_path / "data": "it holds no trace/C-STANCE/test.json (and 14 more",
+    }.items():
+        said = message("trace", data_dir=str(folder))
+        assert said.startswith(f"--data_dir {folder}: ")
+        assert all(part in said for part in told.split(" .*"))
+    assert "it holds no cl/dbpedia/train.json" in message("cl-standard", data_dir=str(tmp_path)), "nor the hub's"
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorica.data import csv_rows, json_array
+from lorica.data import csv_rows, json_array, reader
 from lorica.data.csv_rows import csv_records
 from lorica.data.jsonl import json_records
 from lorica.data.reader import open_source
@@ -184,6 +184,32 @@ def test_parquet_rows_and_a_broken_file(tmp_path, write):
     assert [(row.line, row.value) for row in rows] == [(1, {"text": "a"}), (2, {"text": None})]
     with pytest.raises(LoricaError, match="not a readable parquet file"):
         list(open_source(write(b"PAR1 no", "bad.parquet")).records())
+
+
+@pytest.mark.reliability("R20")
+def test_rows_of_a_table_have_the_limit_of_a_line(tmp_path, monkeypatch):
+    """Counted are the bytes of the row as JSON."""
+    longest = "\u00e4" * ((MAX_ROW_BYTES - len('{"text": ""}')) // 2)
+    rows = [{"text": "a"}, {"text": longest}, {"text": longest + "b"}, {"text": "c"}]
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    for source in (open_source(path), open_source("owner/name")):
+        read = list(source.records())
+        assert [row.line for row in read] == [1, 2, 3, 4]
+        assert [type(row) is Record for row in read] == [True, True, False, True]
+        reason = f"row too long: {MAX_ROW_BYTES + 1} bytes as JSON, the limit is {MAX_ROW_BYTES}"
+        assert str(read[2]) == f"{source.name}:3: {reason}"
+        assert len(read[2].raw) == MAX_ROW_BYTES
+
+
+def test_rows_of_parquet_are_counted_through_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader, "ROWS_AT_A_TIME", 3)
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"text": [str(i) for i in range(10)]}), path, row_group_size=4)
+    assert [(row.line, row.value["text"]) for row in open_source(path).records()] == [
+        (i + 1, str(i)) for i in range(10)
+    ]
 
 
 def test_folder_reads_its_data_files_in_order_of_name(write, tmp_path):

@@ -58,12 +58,21 @@ def test_a_task_that_the_harness_does_not_have_shows_at_once(write: Write, llama
     [
         ("cl-standard", r"--held_out cl-standard: stream 'cl-standard' has no held-out abilities"),
         ("general/piqua", r"general has no ability 'piqua'.*Did you mean 'piqa'"),
-        ("nothing.jsonl", r"ability 'nothing': no file nothing\.jsonl"),
+        ("nothing.jsonl", r"^--held_out nothing\.jsonl: no such file"),
+        (
+            "{tmp}/stream/known.tset.jsonl",
+            r"^--held_out .*known\.tset\.jsonl: no such file.*Did you mean .*known\.test",
+        ),
+        (
+            "general/piqa",
+            r"stream 'general', ability 'piqa': no file general/piqa/.*; give the folder .* as --data_dir",
+        ),
         ("{stream}/known.test.jsonl", r"known\.test"),
     ],
 )
 def test_mistakes(held_out: str, message: str, write: Write, llama_folder: Path, tmp_path: Path) -> None:
     stream = write()
+    held_out = held_out.replace("{tmp}", str(tmp_path))
     if "{stream}" in held_out:
         held_out = str(tmp_path / "first.jsonl")
         Path(held_out).write_text('{"prompt": "a", "completion": "b"}\n')

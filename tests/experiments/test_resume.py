@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 import lorica.experiments.cell
 import lorica.experiments.story
+from lorica.data.stream import read_stream
 from lorica.errors import Interrupted, LoricaError
 from lorica.training.trainer import MethodTrainer
 from tests.experiments.conftest import Write, llama_folder, run, write  # noqa: F401
@@ -238,6 +240,51 @@ def test_another_model_under_the_same_name_is_refused(write: Write, llama_folder
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoricaError, match="was begun with sha256 of the model "):
         run(write(), model, tmp_path / "out", methods="seqft", max_steps=2)
+
+
+def changed_tokenizer(folder: Path) -> None:
+    """Let the tokenizer begin every text with a space."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+
+
+TURNS = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }};{% endfor %}"
+
+
+def template(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "chat_template.jinja").write_text(text)
+
+
+OTHER_TOKENS: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
+    "tokenizer": (changed_tokenizer, {}, "tokens of rows of first "),
+    "template": (template(TURNS.replace(";", "!")), {}, "tokens of rows of first "),
+    "prompt": (template(TURNS + "{% if add_generation_prompt %}a{% endif %}"), {}, "tokens of scored rows of first "),
+    "length of the stream": (lambda _: None, {"max_length": 12}, "tokens of rows of first "),
+}
+
+
+@pytest.mark.reliability("R19")
+@pytest.mark.parametrize("change", OTHER_TOKENS)
+def test_the_same_files_as_other_tokens_are_refused(
+    change: str, write: Write, llama_folder: Path, tmp_path: Path
+) -> None:
+    """The weights, the files and all options are those of before."""
+    alter, fields, message = OTHER_TOKENS[change]
+    model = Path(shutil.copytree(llama_folder, tmp_path / "model"))
+    template(TURNS)(model)
+    stream = write()
+    for part in ("train", "test"):
+        turns = [{"role": "user", "content": "first?"}, {"role": "assistant", "content": "a"}]
+        Path(stream.path(f"first.{part}.jsonl")).write_text((json.dumps({"messages": turns}) + "\n") * 8)
+    options: dict[str, Any] = {"methods": "seqft", "max_steps": 2}
+    run(stream, model, tmp_path / "out", **options)
+    run(stream, model, tmp_path / "out", **options)
+    alter(model)
+    path = tmp_path / "stream" / "stream.yaml"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    with pytest.raises(LoricaError, match=rf"cell was begun with {message}\"[0-9a-f]{{64}}\", and it is now"):
+        run(read_stream(path), model, tmp_path / "out", **options)
 
 
 def test_the_first_difference_is_named_where_it_is(write: Write, llama_folder: Path, tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def test_the_best_rate_is_chosen_without_a_test_row(
     assert record["learning_rate"] == sweep["selected"] == 1e-2
     assert sweep["at_edge_of_grid"] is True
     assert any("widen --learning_rates" in line for line in told)
+    rates = [line.split(", ")[0] for line in told if line.startswith("learning rate ")]
+    assert rates == ["learning rate 1e-06"] * 3 + ["learning rate 0.01"] * 3, "each line of the sweep names its rate"
     assert sweep["validation"]["1e-06"]["average_accuracy"] < sweep["validation"]["0.01"]["average_accuracy"]
     assert json.loads((tmp_path / "out" / "seqft" / "sweep" / "sweep.json").read_text()) == sweep
     scored_in_sweep = seen[: -3 * 2]

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from tests.fuzz.mutations import as_json
 from tests.fuzz.readers import READERS, File
+from tests.report.conftest import run_record
 
 FEW, MANY = 100, int(os.environ.get("LORICA_FUZZ", "2000"))
 SECONDS = 10
@@ -91,6 +92,7 @@ BOMBS: dict[str, tuple[str, File]] = {
     "a tensor of 1e18": ("checkpoint", tensor([10**9, 10**9])),
     "an empty tensor of 1e18": ("checkpoint", tensor([0, 10**18])),
     "laughs": ("stream", laughs(b"x0: &x0 [x]\n", b"%s: &%s [*%s,*%s,*%s,*%s]\n")),
+    "a score of 1e100": ("record", ("run.json", as_json(run_record(retention={"world facts": [1e100] * 6})))),
     "merged laughs": ("stream", laughs(b"x0: &x0 {x: 1}\n", b"%s: &%s {<<: [*%s,*%s,*%s,*%s]}\n")),
 }
 

@@ -90,19 +90,20 @@ def quick_updates() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def begun_in_child(work: Callable[[], None], log: Path | str = os.devnull) -> int:
+def begun_in_child(work: Callable[[], None], log: Path | str = os.devnull, seconds: int = 120) -> int:
     """Run something in a copy of this process, which has imported everything already, and return its id.
 
     Args:
         log: where what it prints goes.
+        seconds: after which one that hangs ends.
     """
     child = os.fork()
     if child == 0:
         written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(written, 1)
         os.dup2(written, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")  # not those of pytest
-        signal.alarm(120)  # one that hangs ends
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)  # not those of pytest; by lines
+        signal.alarm(seconds)
         _bars_with_a_lock_of_their_own(tqdm)
         try:
             work()

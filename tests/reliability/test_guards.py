@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from transformers import LlamaForCausalLM
 import lorica
 from lorica import cli
 from lorica.constrain.protect import protected_layers
+from lorica.errors import LoricaError
 from lorica.methods import Targets
 from lorica.methods.osft import OSFT
 from lorica.methods.replay import StoredRows, pack
 from lorica.methods.seqft import SeqFT
 from lorica.training.guards import Diverged, WeightWatch
 from lorica.training.rows import NUMBER, SHOWN, Numbered, NumberedCollate, named, where
-from lorica.training.trainer import MethodTrainer
+from lorica.training.trainer import MethodMixin, MethodTrainer
 from tests.builders import Stack, plan_for, task_of, tiny
 from tests.reliability.trainings import (
     Watched,
@@ -142,6 +144,87 @@ def test_a_scaler_of_float16_is_left_to_skip_the_step(tmp_path: Path) -> None:
         trainer._get_grad_norm(model)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert not trainer._get_grad_norm(model).isfinite()
+
+
+@contextmanager
+def scaled() -> Iterator[None]:
+    """Scale losses and compute in float16, as ``--fp16`` does where there is an accelerator."""
+    start = MethodMixin.__init__
+
+    def with_scaler(self: Any, **given: Any) -> None:
+        start(self, **given)
+        self.accelerator.scaler, self.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MethodMixin, "__init__", with_scaler)
+        yield
+
+
+class Overflowing(Watched):
+    """Has infinite gradients from one step on, up to another."""
+
+    first, last = AT_STEP, 10**9
+
+    def penalty(self, model: nn.Module, *given: Any) -> Tensor | None:
+        super().penalty(model, *given)
+        return root_at_zero(model) if self.first <= len(self.batches) <= self.last else None
+
+
+IN_FLOAT16 = {"fp16": True, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 100, "max_steps": 40}
+
+
+@pytest.mark.reliability("R16")
+@pytest.mark.parametrize(("optim", "clip"), [("adamw_torch_fused", 0.0), ("adamw_torch", 1.0), ("sgd", 0.0)])
+def test_steps_are_not_skipped_for_ever(optim: str, clip: float, llama_folder: Path, tmp_path: Path) -> None:
+    model, method = llama(llama_folder), Overflowing()
+    with scaled(), pytest.raises(Diverged) as stopped:
+        fitted(model, method, written_rows(tmp_path), tmp_path / "out", max_grad_norm=clip, optim=optim, **IN_FLOAT16)
+    told, skips = str(stopped.value), 17  # at 65536, 32768 ... 1
+    assert f"overflow float16 even at a loss scale of 1, and {skips} steps in a row were skipped" in told
+    assert f"the last at step {AT_STEP - 1 + skips}, rows " in told
+    assert lines_named(told) == set(method.batches[-1])
+    assert len(method.batches) == AT_STEP - 1 + skips
+    last = tmp_path / "out" / f"checkpoint-{AT_STEP - 1}"
+    assert told.endswith(f"the last good checkpoint is {last}")
+    assert equal(load_file(last / "model.safetensors"), model.state_dict()), "no step was taken since"
+
+
+@pytest.mark.reliability("R16")
+def test_a_skipped_step_is_skipped_by_the_optimizer_inside(llama_folder: Path, tmp_path: Path) -> None:
+    """A fused one takes the scale itself, but here another is around it."""
+
+    class OverflowingOSFT(OSFT):
+        passes = 0
+
+        def penalty(self, model: nn.Module, *given: Any) -> Tensor | None:
+            self.passes += 1
+            return root_at_zero(model) if self.passes == AT_STEP else None
+
+    model = llama(llama_folder)
+    with scaled():
+        method = OverflowingOSFT.build({"constraint": "block"})
+        fitted(model, method, written_rows(tmp_path), tmp_path / "out", **IN_FLOAT16 | {"max_steps": AT_STEP + 2})
+    assert method.passes == AT_STEP + 2
+    assert all_finite(model)
+
+
+@pytest.mark.reliability("R16")
+def test_a_few_skipped_steps_are_no_reason_to_stop(llama_folder: Path, tmp_path: Path) -> None:
+    model, method = llama(llama_folder), Overflowing()
+    method.last = AT_STEP + 15
+    with scaled():
+        log = fitted(model, method, written_rows(tmp_path), tmp_path / "out", **IN_FLOAT16 | {"max_steps": 21})
+    assert [row["step"] for row in log if "loss" in row] == list(range(1, 22))
+    saved = [load_file(tmp_path / "out" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 18, 20)]
+    assert equal(saved[0], saved[1])
+    assert not equal(saved[1], saved[2])
+    assert all_finite(model)
+
+
+@pytest.mark.reliability("R16")
+def test_without_an_accelerator_float16_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(LoricaError, match=r"--fp16 has no effect on cpu, .* give --bf16"):
+        fitted(llama(llama_folder), Watched(), written_rows(tmp_path), tmp_path / "out", fp16=True)
 
 
 @pytest.mark.reliability("R15", "R16")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, Seq2SeqTrainingArguments, T5ForConditionalGeneration
 
 import lorica
+from lorica.data.parts import is_out_of_memory
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, Method, Targets
 from lorica.methods.seqft import SeqFT
-from lorica.training.micro_batches import is_out_of_memory
 from lorica.training.trainer import fit
 from tests.builders import task_of, tiny
 from tests.experiments.conftest import Write, write  # noqa: F401

@@ -59,6 +59,10 @@ CASES: dict[str, dict[str, Any]] = {
         "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2,
         "metric_for_best_model": "loss",
     },
+    "greedy, smoothed": {
+        "lr_scheduler_type": "greedy", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss",
+        "lr_scheduler_kwargs": {"patience": 1, "factor": 0.5, "min_lr": 0.0, "smooth": True, "window_size": 2},
+    },
     "mixed precision": {"bf16": True, "use_cpu": True},
     "linear, warm-up": {"lr_scheduler_type": "linear", "warmup_steps": 3},
 }  # fmt: skip

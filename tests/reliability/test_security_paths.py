@@ -27,6 +27,7 @@ from lorica.config import build_config
 from lorica.errors import LoricaError
 from lorica.experiments.stages import last_stage
 from lorica.experiments.story import cell_name
+from lorica.json_file import sealed
 from lorica.names import check_folder_name, check_no_links
 from lorica.training.checkpoints import checkpoint_to_resume
 from lorica.training.models import read_tokenizer
@@ -142,7 +143,7 @@ def test_a_saved_update_names_files_beside_itself_alone(name: str, llama_folder:
     header = tmp_path / "update" / "lorica-update.json"
     data = json.loads(header.read_text())
     data["files"] = {name: next(iter(data["files"].values()))}
-    header.write_text(json.dumps(data))
+    header.write_text(json.dumps(sealed(data)))
     with pytest.raises(LoricaError, match=r"damaged: files.*is no file of an update"):
         apply_updates(str(llama_folder), [str(tmp_path / "update")], str(tmp_path / "new"), say=lambda line: None)
 

@@ -206,6 +206,38 @@ def test_a_second_signal_ends_the_process_at_once_and_does_no_harm(
     assert_same(outcome(out), whole)
 
 
+@pytest.mark.reliability("R14")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_second_signal_within_one_long_call_is_not_waited_for(signum: signal.Signals) -> None:
+    """Python itself sees neither of the two before the call's end."""
+    ready, begun = os.pipe()
+
+    def work() -> None:
+        matrix = torch.rand(3000, 3000, dtype=torch.float64)
+        with handled(stop):
+            os.write(begun, b"!")
+            torch.linalg.eigvalsh(matrix + matrix.T)  # for several seconds
+
+    child = begun_in_child(work)
+    os.read(ready, 1)
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(child, signum)
+    assert status_of(child) == 128 + signum
+    os.close(ready)
+    os.close(begun)
+
+
+@pytest.mark.reliability("R14")
+def test_signals_of_a_copy_are_its_own() -> None:
+    """Workers get Ctrl-C as well, and would write to the pipe of the process that they were made by."""
+    with handled(stop):
+        for _ in range(2):
+            child = begun_in_child(lambda: os.kill(os.getpid(), signal.SIGINT))
+            assert status_of(child) == 99, "the handler of the copy raises"
+        time.sleep(0.1)
+
+
 def test_what_is_ignored_stays_ignored(
     llama_folder: Path, files: dict[str, str], whole: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from lorica.evaluation.evaluator import Score, evaluate
 from lorica.evaluation.generate import Progress
 from lorica.files import write_text
 from lorica.hub import commits
-from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, redacted, write_json
+from lorica.record import SCHEMA, Stopwatch, environment, peak_memory, redacted, write_record
 from lorica.redaction import cleaned
 from lorica.report.inspection import inspection_part, inspection_text
 from lorica.report.inspection_record import InspectionRecord
@@ -198,7 +198,7 @@ class Inspection:
 
     def _write(self, record: dict[str, Any]) -> None:
         path = self.output_dir / "inspect.json"
-        write_json(path, record)
+        write_record(path, record)
         # The pages say what the file says, and nothing else.
         told = InspectionRecord.model_validate_json(path.read_bytes())
         part = inspection_part(told)

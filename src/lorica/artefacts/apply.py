@@ -19,7 +19,7 @@ from lorica.artefacts.route import Route, route
 from lorica.constrain.checkpoint import open_weights
 from lorica.errors import LoricaError
 from lorica.files import listing
-from lorica.record import SCHEMA, environment, redacted, write_json
+from lorica.record import SCHEMA, environment, redacted, write_record
 
 Edit = Callable[[str, Tensor], Tensor]
 
@@ -98,7 +98,7 @@ def apply_updates(
             **environment(),
         }
         record["files"] = listing(folder)
-        write_json(folder / "lorica.json", record)
+        write_record(folder / "lorica.json", record)
     for line in _described(record, output_dir):
         say(redacted(line))
     return record

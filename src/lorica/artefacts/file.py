@@ -17,8 +17,8 @@ from lorica.artefacts.change import Change
 from lorica.constrain.checkpoint import FolderWeights, Weights
 from lorica.errors import LoricaError
 from lorica.files import sha256
-from lorica.json_file import load_json
-from lorica.record import write_json
+from lorica.json_file import load_record
+from lorica.record import write_record
 
 HEADER = "lorica-update.json"
 
@@ -158,7 +158,7 @@ def _header(folder: Path) -> Header:
         hint = "; it is a model: make an update of it with lorica export-update" if made_by_train else ""
         raise LoricaError(f"{folder}: no saved update (it has no {HEADER}){hint}")
     try:
-        return Header.model_validate(load_json(path, constants=True))
+        return Header.model_validate(load_record(path))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
@@ -190,7 +190,7 @@ def _batches(changes: Iterable[tuple[str, Change]]) -> Iterator[dict[str, Tensor
 
 def write_header(folder: Path, header: Header) -> None:
     """Write what the update says about itself."""
-    write_json(folder / HEADER, header.model_dump(mode="json"))
+    write_record(folder / HEADER, header.model_dump(mode="json"))
 
 
 def fingerprints(weights: Weights, progress: Progress | None = None) -> Prints:

@@ -31,14 +31,14 @@ def audit(
     from lorica.subspace.plan import Plan
     from lorica.told import progress_bar
 
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise LoricaError(f"--json {json_file}: there is no folder {json_file.parent}")
     loaded = Plan.load(plan) if plan else None
     report = run_audit(
         before, after, loaded, unfreeze_rank_ratio=unfreeze_rank_ratio, progress=progress_bar("auditing weights")
     )
     print(report)
     if json_file is not None:
-        if not json_file.parent.is_dir():
-            raise LoricaError(f"--json {json_file}: there is no folder {json_file.parent}")
         write_json(
             json_file,
             {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorica.constrain.linear import WRAPPERS, SubspaceLayer
 from lorica.errors import LoricaError, one_line
-from lorica.json_file import read_json
+from lorica.json_file import load_record, read_json
 from lorica.subspace.plan import Plan
 
 TRANSPOSED_FAMILIES = {"gpt2"}
@@ -122,7 +122,10 @@ class FolderWeights(Weights):
         record = self.path / "lorica.json"
         if not self.path.is_dir() or not record.exists():
             return None
-        rows = _json(record).get("plan")
+        try:
+            rows = load_record(record).get("plan")
+        except (OSError, ValueError, AttributeError) as error:
+            raise LoricaError(f"{record}: cannot read the plan: {one_line(error)}; restore it, or remove it") from error
         try:
             return Plan.from_records(rows, self.family) if rows else None
         except (ValidationError, AttributeError, TypeError) as error:

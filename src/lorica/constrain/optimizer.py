@@ -141,6 +141,9 @@ class DelegatingOptimizer(Optimizer):
     make groups of its own.
     """
 
+    _step_supports_amp_scaling = False
+    """A fused inner one does; but the scaler would tell this one, and not it, that a gradient overflowed."""
+
     def __init__(self, inner: Optimizer) -> None:
         self.inner = inner
 

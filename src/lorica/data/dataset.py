@@ -54,11 +54,15 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
             "notices": report.notices + counts.notices,
         }
 
-    def digest(self) -> str:
-        """Return the SHA-256 of the rows as tokens: of what is trained, which templates and tokenizers decide too."""
+    def digest(self, *, scored: bool = False) -> str:
+        """Return the SHA-256 of the rows as tokens: of what is trained, which templates and tokenizers decide too.
+
+        Args:
+            scored: also of the prompts that answers are written to.
+        """
         found = hashlib.sha256()
         for row in self.examples:
-            for ids in (row.input_ids, row.labels):
+            for ids in (row.input_ids, row.labels, *([row.prompt_ids or []] if scored else [])):
                 found.update(array("q", (len(ids), *ids)))
         return found.hexdigest()
 

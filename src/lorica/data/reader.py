@@ -12,12 +12,15 @@ from typing import Any, Protocol
 
 from lorica.data.csv_rows import csv_records
 from lorica.data.jsonl import json_records
-from lorica.data.record import Record, Rejected, row_json
+from lorica.data.record import Record, Rejected, row_json, table_row
 from lorica.errors import LoricaError, one_line
 from lorica.files import sha256
 from lorica.hub import commit_of
 
 Records = Iterator[Record | Rejected]
+
+ROWS_AT_A_TIME = 64
+"""Rows of a parquet file that are in memory together: few, for each of them may be of any size."""
 
 
 def parquet_records(path: Path) -> Records:
@@ -28,10 +31,10 @@ def parquet_records(path: Path) -> Records:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=ROWS_AT_A_TIME):
                 for value in batch.to_pylist():
                     number += 1
-                    yield Record(str(path), number, value)
+                    yield table_row(str(path), number, value)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise LoricaError(f"{path}: not a readable parquet file ({one_line(error)}); write it again.") from None
 
@@ -86,7 +89,7 @@ class HubSource:
 
     def records(self) -> Records:
         for number, value in enumerate(self.dataset, 1):
-            yield Record(self.name, number, value)
+            yield table_row(self.name, number, value)
 
     def sha256(self) -> str:
         """Return the SHA-256 of the rows as JSON lines."""

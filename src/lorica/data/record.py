@@ -45,6 +45,14 @@ class Record:
         return Rejected.of(self.path, self.line, raw, error)
 
 
+def table_row(path: str, number: int, value: dict[str, Any]) -> Record | Rejected:
+    """Return a row that has no bytes of its own; refused where its JSON is longer than a line of a file may be."""
+    record, size = Record(path, number, value), len(row_json(value))
+    if size <= MAX_ROW_BYTES:
+        return record
+    return record.rejected(RowError("row too long", f"{size} bytes as JSON, the limit is {MAX_ROW_BYTES}"))
+
+
 def row_json(value: Any) -> bytes:
     """Return a row as JSON, whatever types its values have."""
     return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", errors="backslashreplace")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lorica.data.collate import Collator
+from lorica.data.parts import in_parts
 from lorica.data.positions import position_limit
 from lorica.data.tokens import Codec
 from lorica.errors import LoricaError, did_you_mean
@@ -66,7 +67,8 @@ def choice_scores(
             with its longest choice exceeds the model's positions loses tokens behind its start (BOS), the same for
             all its choices.
         choices: per prompt, texts to be written right behind it, so with their leading blank if there is one.
-        batch_size: sequences at a time, padded on the right. Choices that differ in their last token alone are one.
+        batch_size: sequences at a time, padded on the right; halves of them where memory runs out. Choices that
+            differ in their last token alone are one.
         normalise: divide by the number of "tokens" (EOS included where it is scored), or of "characters", blanks at
             both ends aside.
         progress: told of every batch.
@@ -79,7 +81,7 @@ def choice_scores(
     codec = Codec(tokenizer)
     readings = _readings(model, codec, prompts, choices)
     lengths = [len(reading.prompt) + len(reading.tail) for reading in readings]
-    collate = Collator(tokenizer)
+    score_of = partial(_log_probabilities, model, Collator(tokenizer))
     scores = [[0.0] * len(texts) for texts in choices]
     training = model.training
     model.eval()
@@ -87,7 +89,7 @@ def choice_scores(
         for done, indices in enumerate(batches_by_length(lengths, batch_size), start=1):
             batch = [readings[index] for index in indices]
             asked = [(reading, choice) for reading in batch for choice in reading.lasts]
-            for (reading, choice), score in zip(asked, _log_probabilities(model, collate, batch), strict=True):
+            for (reading, choice), score in zip(asked, in_parts(score_of, batch), strict=True):
                 text, tokens = choices[reading.row][choice], len(reading.tail) + 1
                 scores[reading.row][choice] = score / _divisor(normalise, text, tokens)
             if progress is not None:

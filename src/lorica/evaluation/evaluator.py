@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import nn
 from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
 from lorica.data.encoder import Encoded
+from lorica.data.example import IGNORED_LABEL
+from lorica.data.parts import in_parts
 from lorica.data.tokens import Codec
 from lorica.evaluation.generate import Progress, batch_count, batches_by_length, greedy_answers
 
@@ -56,16 +59,18 @@ def mean_loss(
     collate = Collator(tokenizer, seq2seq=seq2seq)
     device = next(model.parameters()).device
     lengths = [len(row.input_ids) for row in dataset.examples]
-    total, tokens = 0.0, 0
-    for done, indices in enumerate(batches_by_length(lengths, batch_size), start=1):
+
+    def one_pass(indices: Sequence[int]) -> list[tuple[float, int]]:
         batch = {key: value.to(device) for key, value in collate([dataset[index] for index in indices]).items()}
-        labels = batch["labels"] if seq2seq else batch["labels"][:, 1:]
-        count = int((labels != -100).sum())
-        total += model(**batch).loss.item() * count
-        tokens += count
+        count = int((batch["labels"] if seq2seq else batch["labels"][:, 1:]).ne(IGNORED_LABEL).sum())
+        return [(model(**batch).loss.item() * count, count)]
+
+    sums: list[tuple[float, int]] = []
+    for done, indices in enumerate(batches_by_length(lengths, batch_size), start=1):
+        sums += in_parts(one_pass, indices)
         if progress is not None:
             progress("loss", done, batch_count(len(lengths), batch_size))
-    return total / tokens
+    return sum(total for total, _ in sums) / sum(tokens for _, tokens in sums)
 
 
 def exact_match(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from lorica.data.parts import in_parts
 from lorica.data.positions import position_limit
 
 Progress = Callable[[str, int, int], None]
@@ -56,7 +58,8 @@ def greedy_answers(
         prompts: token ids. An empty prompt becomes the tokenizer's first token (BOS, else EOS).
         max_new_tokens: for all prompts, or for each. A batch goes on for the largest of its prompts'; none goes
             beyond the model's positions. What has not ended by then is cut.
-        batch_size: prompts at a time; they are padded on the left (encoder-decoder: on the right).
+        batch_size: prompts at a time; they are padded on the left (encoder-decoder: on the right). Where memory runs
+            out, halves of them.
         progress: told of every batch.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -70,7 +73,7 @@ def greedy_answers(
         for done, batch in enumerate(batches_by_length(lengths, batch_size), start=1):
             for indices, new_tokens in _within_positions(model, batch, lengths, wanted):
                 settings.max_new_tokens = new_tokens
-                written = _generate(model, [filled[index] for index in indices], settings)
+                written = in_parts(partial(_generate, model, settings), [filled[index] for index in indices])
                 for index, ids in zip(indices, written, strict=True):
                     answers[index] = _read(tokenizer, ids, settings.eos_token_id)
             if progress is not None:
@@ -126,7 +129,7 @@ def _within_positions(
         yield list(same), min(most, room(length))
 
 
-def _generate(model: Any, rows: list[list[int]], settings: GenerationConfig) -> list[list[int]]:
+def _generate(model: Any, settings: GenerationConfig, rows: Sequence[list[int]]) -> list[list[int]]:
     seq2seq = bool(model.config.is_encoder_decoder)
     ids, mask = _padded(rows, settings.pad_token_id, left=not seq2seq)
     output = model.generate(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lorica.data.parts import told_of_memory
 from lorica.errors import LoricaError, did_you_mean
 from lorica.evaluation.task_code import code_in_task, is_group
 
@@ -22,6 +23,7 @@ Scores = dict[str, dict[str, float | None]]
 
 _FILES = (".yaml", ".yml")
 CODE_EVAL = "HF_ALLOW_CODE_EVAL"
+FEWER = "lower --batch_size, which lorica train and run call --per_device_eval_batch_size"
 
 
 def lm_eval_scores(
@@ -93,15 +95,16 @@ def lm_eval_record(
         loaded = _loaded(manager, tasks)
         each = manager.load(loaded)["tasks"].items()
         _check_unsafe([name for name, task in each if getattr(task, "UNSAFE_CODE", False)], confirm_run_unsafe_code)
-        found = lm_eval.simple_evaluate(
-            model=_wrapped(lm_eval, model, tokenizer, batch_size),
-            tasks=loaded,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            log_samples=False,
-            confirm_run_unsafe_code=confirm_run_unsafe_code,
-        )
+        with told_of_memory(lambda: f"in lm-eval, with {batch_size} requests at a time; {FEWER}"):
+            found = lm_eval.simple_evaluate(
+                model=_wrapped(lm_eval, model, tokenizer, batch_size),
+                tasks=loaded,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                confirm_run_unsafe_code=confirm_run_unsafe_code,
+            )
     return {
         "scores": {task: _figures(values) for task, values in found["results"].items()},
         "lm_eval_version": version("lm_eval"),
@@ -112,13 +115,21 @@ def lm_eval_record(
     }
 
 
-def check_names(names: Sequence[str], known: Iterable[str]) -> None:
-    """Refuse a name that is no task, group or tag of the harness."""
-    every = set(known)
+def check_names(names: Sequence[str], known: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Refuse a name that is no task, group or tag of the harness.
+
+    Args:
+        known: all that it has.
+        others: what else might have been meant: files, benchmarks.
+    """
+    every = {*known}
     for name in names:
         if name not in every:
-            hint = did_you_mean(name, every) or " `lm-eval ls tasks` lists them; a file of your own ends in .yaml."
-            raise LoricaError(f"lm-eval has no task {name!r}.{hint}")
+            near = did_you_mean(name, [*others, *every])
+            raise LoricaError(
+                f"lm-eval has no task {name!r}."
+                + (near or " `lm-eval ls tasks` lists them; a file of your own ends in .yaml.")
+            )
 
 
 def _check_unsafe(names: Sequence[str], confirmed: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lorica.data.dataset import EncodedDataset
 from lorica.data.encoder import Encoded
+from lorica.data.parts import in_parts
 from lorica.data.scored import Scored
 from lorica.data.tokens import Codec
 from lorica.errors import LoricaError
@@ -145,11 +147,15 @@ def _chosen(
 def _classified(model: Any, rows: list[Encoded], scored: Scored, tokenizer: Any, batch_size: int) -> list[str]:
     """Return the likeliest of the task's choices for each row; other classes of the head are left out."""
     classes = [model.config.label2id[choice] for choice in scored.choices]
+
+    def likeliest(indices: Sequence[int]) -> list[int]:
+        batch = tokenizer.pad({"input_ids": [rows[index].input_ids for index in indices]}, return_tensors="pt")
+        best: list[int] = model(**batch.to(model.device)).logits[:, classes].argmax(dim=1).tolist()
+        return best
+
     answers = [""] * len(rows)
     for indices in batches_by_length([len(row.input_ids) for row in rows], batch_size):
-        batch = tokenizer.pad({"input_ids": [rows[index].input_ids for index in indices]}, return_tensors="pt")
-        logits = model(**batch.to(model.device)).logits[:, classes]
-        for index, best in zip(indices, logits.argmax(dim=1).tolist(), strict=True):
+        for index, best in zip(indices, in_parts(likeliest, indices), strict=True):
             answers[index] = scored.choices[best]
     return answers
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lorica.benchmarks import catalogue, find_stream
-from lorica.data.reader import READERS
+from lorica.data.reader import READERS, open_source
 from lorica.data.scored import Ability, Scored
 from lorica.data.stream import TaskStream
-from lorica.errors import LoricaError, did_you_mean
+from lorica.errors import LoricaError, did_you_mean, names_beside
 
 SHARES = ("exact_match", "acc", "acc_norm")
 """Metrics of lm-eval that are a share of the rows, 0 to 1, in the order they are preferred."""
@@ -78,10 +78,9 @@ def named_ability(name: str, data_dir: str | None, limit: int | None) -> list[He
     Raises:
         LoricaError: a stream without abilities, or without the one named behind the slash.
     """
+    if is_rows(name):
+        return [rows_of(name, "--held_out")]
     path = Path(name).expanduser()
-    if path.suffix.lower() in READERS or (path.is_dir() and name not in catalogue()):
-        ability = Ability(name=path.stem, test_file=str(path))
-        return [FromFile(TaskStream(name=name, version=1, description="", tasks=[], held_out=[ability]), ability)]
     stream_name, _, one = name.partition("/")
     if stream_name not in catalogue() and path.suffix not in (".yaml", ".yml"):
         return [FromHarness(name, limit)]
@@ -99,12 +98,41 @@ def named_ability(name: str, data_dir: str | None, limit: int | None) -> list[He
     return [FromFile(stream, ability) for ability in chosen]
 
 
-def check_harness(tasks: Sequence[str], *, require_pinned: bool = False) -> None:
+def is_rows(name: str) -> bool:
+    """Tell whether a name means a file or a folder of rows, there or not, rather than a benchmark or a task."""
+    path = Path(name).expanduser()
+    if name in catalogue() or path.suffix in (".yaml", ".yml"):
+        return False
+    return path.suffix.lower() in READERS or path.exists()
+
+
+def rows_of(name: str, option: str, metric: str = "exact_match") -> FromFile:
+    """Return the rows of a file or folder; their name is the file's without its ending.
+
+    Args:
+        option: that named it.
+
+    Raises:
+        LoricaError: there is no such file, or none of its kind can be read.
+    """
+    path = Path(name).expanduser()
+    try:
+        open_source(path)
+    except LoricaError as error:
+        raise LoricaError(f"{option} {error}") from error
+    ability = Ability(name=path.stem, test_file=str(path), metric=metric)
+    return FromFile(TaskStream(name=name, version=1, description="", tasks=[], held_out=[ability]), ability)
+
+
+def check_harness(tasks: Sequence[str], option: str, *, require_pinned: bool = False) -> None:
     """Refuse lm-eval tasks that do not exist, or all of them where lm-eval is not installed; loads no data.
 
     Nor is any taken with ``require_pinned``: lm-eval fetches their data without a commit.
 
     Names that are files are left to the harness.
+
+    Args:
+        option: that named them.
     """
     names = [task for task in tasks if Path(task).suffix not in (".yaml", ".yml")]
     if not tasks:
@@ -114,11 +142,15 @@ def check_harness(tasks: Sequence[str], *, require_pinned: bool = False) -> None
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
+        hint = did_you_mean(tasks[0], [*catalogue(), *names_beside(tasks[0])])
         raise LoricaError(
-            f"{', '.join(tasks)}: no file and no benchmark, and tasks of lm-evaluation-harness need it ({error}): "
-            "pip install 'lorica[lm-eval]'"
+            f"{option} {tasks[0]}: no file and no benchmark, and tasks of lm-evaluation-harness need it ({error}): "
+            f"pip install 'lorica[lm-eval]'.{hint}"
         ) from None
     from lorica.evaluation.harness import check_names
 
-    if names:
-        check_names(names, TaskManager().all_tasks)
+    others = [*catalogue(), *(near for name in names for near in names_beside(name))]
+    try:
+        check_names(names, TaskManager().all_tasks if names else [], others)
+    except LoricaError as error:
+        raise LoricaError(f"{option}: no such file or benchmark, and {error}") from error

@@ -90,8 +90,11 @@ class CellRun:
             stage.drop_model()
 
     def trained_model(self) -> Any:
-        """Return the model at the end of the stream; from disk where another process has trained it."""
-        if self.model is None and (stage := last_stage(self.folder)) is not None:
+        """Return the model at the end of the stream; from disk where another process has trained it.
+
+        None where it was dropped: what was to be done with it is done.
+        """
+        if self.model is None and (stage := last_stage(self.folder)) is not None and stage.model is not None:
             self.model, _ = self.setup.read_model(stage.model)
         return self.model
 

@@ -42,6 +42,8 @@ def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
     """Return everything on which a cell's scores depend, as plain data."""
     tasks, settings = setup.stream.in_order(cell.order), setup.settings[cell.method].model_dump()
     from_files = [one.name for one in setup.held_out if isinstance(one, FromFile)]
+    train = {task.name: setup.rows.train(task.name) for task in tasks}
+    scored = {name: setup.rows.test(name) for name in (*train, *from_files)}
     whole: dict[str, Any] = redacted(
         asdict(cell)
         | {name: getattr(setup.config, name) for name in FIELDS}
@@ -50,8 +52,10 @@ def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
         | {"stream": setup.stream.name, "version": setup.stream.version, "training": _that_count(setup.training)}
         | {"settings": settings | {"training": _that_count(settings["training"])}}
         | {"held out": [one.settings() for one in setup.held_out]}
-        | {f"rows of {task.name}": setup.rows.train(task.name).sha256 for task in tasks}
-        | {f"scored rows of {name}": setup.rows.test(name).sha256 for name in (*(t.name for t in tasks), *from_files)}
+        | {f"rows of {name}": rows.sha256 for name, rows in train.items()}
+        | {f"scored rows of {name}": rows.sha256 for name, rows in scored.items()}
+        | {f"tokens of rows of {name}": rows.digest() for name, rows in train.items()}
+        | {f"tokens of scored rows of {name}": rows.digest(scored=True) for name, rows in scored.items()}
     )
     return whole
 

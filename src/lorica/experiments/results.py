@@ -16,7 +16,7 @@ from lorica.experiments.progress import Progress
 from lorica.experiments.selection import Selection
 from lorica.files import write_text
 from lorica.hub import commits
-from lorica.json_file import load_json
+from lorica.json_file import load_record
 from lorica.methods import METHODS
 from lorica.record import SCHEMA, environment, redacted
 from lorica.scores import ScoreMatrix
@@ -135,7 +135,7 @@ def write_predictions(progress: Progress, path: Path) -> None:
 def read_run(path: Path) -> dict[str, Any]:
     """Return the record that a finished cell wrote."""
     try:
-        record: Mapping[str, Any] = load_json(path, constants=True)
+        record: Mapping[str, Any] = load_record(path)
     except (OSError, ValueError) as error:
         raise LoricaError(f"{path}: cannot read it: {error}; remove it to score that cell anew") from error
     return dict(record)

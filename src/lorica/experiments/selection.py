@@ -62,7 +62,7 @@ def select(setup: Setup, method: str, folder: Path, tell: Callable[[str], None],
     figures = {}
     for rate in setup.grid(method):
         cell = Cell(method, setup.orders[0], config.seeds[0], rate, validates=True)
-        run = CellRun(setup, cell, folder / f"lr-{rate:g}", tell, clock)
+        run = CellRun(setup, cell, folder / f"lr-{rate:g}", _naming(rate, tell), clock)
         figures[rate] = _figures(run)
     by: str = config.select_by
     if all(one[by] is None for one in figures.values()):
@@ -75,6 +75,10 @@ def select(setup: Setup, method: str, folder: Path, tell: Callable[[str], None],
     result = Selection(chosen, by, {f"{rate:g}": one for rate, one in figures.items()}, at_edge)
     write_json(folder / SWEEP, result.to_json())
     return result
+
+
+def _naming(rate: float, tell: Callable[[str], None]) -> Callable[[str], None]:
+    return lambda line: tell(f"learning rate {rate:g}, {line}")
 
 
 def _figures(run: CellRun) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments, set_seed
 
-from lorica.benchmarks import find_stream
+from lorica.benchmarks import check_data, find_stream
 from lorica.data.collate import Collator
 from lorica.data.dataset import Kind
-from lorica.data.scored import Task
+from lorica.data.scored import Scored, Task
 from lorica.data.stream import MethodSettings, TaskStream
 from lorica.errors import LoricaError, did_you_mean
 from lorica.evaluation.metrics import checked
@@ -45,9 +45,11 @@ class Setup:
         found = stream or find_stream(config.stream)
         self.config = config = pinned(config.model_copy(update={"seeds": config.seeds or found.seeds or [0]}))
         self.stream = found.within(config.data_dir).only(config.tasks)
-        self.settings = chosen_settings(config, self.stream)
         self.orders: list[str | None] = list(config.orders) or [next(iter(self.stream.orders), None)]
         _check_orders(self.stream, self.orders)
+        self.held_out = self._held_out()
+        check_data(self._wanted(), config.data_dir, trains=True)
+        self.settings = chosen_settings(config, self.stream)
         self.training = self.stream.training | config.training
         for name, one in self.settings.items():
             self.build_method(name)
@@ -66,7 +68,7 @@ class Setup:
         choices = dict.fromkeys(choice for task in self.stream.tasks for choice in task.choices)
         self.labels = list(choices) if self.kind == "classifier" else []
         self.collate = Collator(self.tokenizer, seq2seq=self.kind == "seq2seq", classifier=self.kind == "classifier")
-        self.held_out = self._held_out()
+        self._check_harness()
         self.rows = Rows(config, self.stream, self.held_out, self.tokenizer, self.model_config, self.kind, self.labels)
         self.base_scores: dict[tuple[str, bool], TaskScores] = {}
         self._check_rows()
@@ -80,29 +82,35 @@ class Setup:
         names = [one.name for one in every] + [task.name for task in self.stream.tasks]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise LoricaError(f"--held_out: the name {twice!r} is taken by another ability or a task of the stream")
-        harness = [one.name for one in every if isinstance(one, FromHarness)]
-        if harness and self.kind == "classifier":
-            raise LoricaError(f"--held_out {harness[0]}: lm-eval scores models that write; this one classifies")
-        check_harness(harness, require_pinned=config.require_pinned)
         return every
 
-    def _check_rows(self) -> None:
-        """Read every file once, so that what is wrong with the last task shows before the first is learned."""
+    def _wanted(self) -> list[tuple[TaskStream, Scored]]:
+        """Return what is learned, in any of the orders, and what is held out in files, with its stream."""
         tasks = {task.name: task for order in self.orders for task in self.stream.in_order(order)}
         if not tasks:
             raise LoricaError(f"stream {self.stream.name!r} has no task to learn; lorica eval scores its abilities")
-        files = [one.scored for one in self.held_out if isinstance(one, FromFile)]
-        for scored in (*tasks.values(), *files):
+        held = [(one.stream, one.scored) for one in self.held_out if isinstance(one, FromFile)]
+        return [*((self.stream, task) for task in tasks.values()), *held]
+
+    def _check_harness(self) -> None:
+        harness = [one.name for one in self.held_out if isinstance(one, FromHarness)]
+        if harness and self.kind == "classifier":
+            raise LoricaError(f"--held_out {harness[0]}: lm-eval scores models that write; this one classifies")
+        check_harness(harness, "--held_out", require_pinned=self.config.require_pinned)
+
+    def _check_rows(self) -> None:
+        """Read every file once, so that what is wrong with the last task shows before the first is learned."""
+        for _, scored in self._wanted():
             for metric in (scored.metric, *scored.metrics_beside):
                 checked(metric)
             check_choices(scored)
             check_answers(self.rows.test(scored.name))
             if self.kind == "classifier" and (foreign := [one for one in scored.choices if one not in self.labels]):
                 raise LoricaError(f"ability {scored.name!r}: its choice {foreign[0]!r} is no class of the stream's")
-        for name in tasks:
-            self.rows.train(name)
-            if len(self.config.learning_rates) > 1:
-                self.rows.split(name)
+            if isinstance(scored, Task):
+                self.rows.train(scored.name)
+                if len(self.config.learning_rates) > 1:
+                    self.rows.split(scored.name)
 
     def _check_arguments(self) -> None:
         for name in self.settings:

@@ -22,7 +22,7 @@ from lorica.files import LEFTOVER, CannotWrite, free_bytes, make_folder, remove_
 from lorica.json_file import load_json
 from lorica.memory import load_memory, save_memory, size_of
 from lorica.record import write_json
-from lorica.training.manifest import damage, write_manifest
+from lorica.training.manifest import add_to_manifest, damage, listed_in, write_manifest
 from lorica.training.output import stored_bytes
 from lorica.training.trust import distrusted
 from lorica.units import size
@@ -31,7 +31,10 @@ IDENTITY = "cell.json"
 MODEL, MEMORY, PROGRESS = "model", "memory.safetensors", "progress.json"
 
 SCORED = "scored.json"
-"""The progress once the stage is scored; a stage is written before, so that what was trained is safe."""
+"""The progress once the stage is scored; a stage is written before, so that what was trained is safe.
+
+It counts once the stage's manifest lists it.
+"""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Stage:
 
     def progress(self) -> dict[str, Any]:
         """Return the scores and costs so far, those of this stage only if all of them were measured."""
-        return _read(self.folder / (SCORED if (self.folder / SCORED).exists() else PROGRESS))
+        return _read(self.folder / (SCORED if SCORED in listed_in(self.folder) else PROGRESS))
 
     def drop_model(self) -> None:
         """Remove the model and the memory, once no later stage needs them."""
@@ -127,7 +130,9 @@ def write_scores(cell: Path, number: int, progress: dict[str, Any]) -> None:
     Raises:
         CannotWrite: there is no room for it.
     """
-    write_json(cell / f"stage-{number}" / SCORED, progress)
+    stage = cell / f"stage-{number}"
+    write_json(stage / SCORED, progress)
+    add_to_manifest(stage, SCORED)
 
 
 def check_room(output_dir: Path, model: Path, kept: int) -> None:

@@ -20,7 +20,7 @@ from lorica.experiments.setup import Setup
 from lorica.experiments.stages import check_room
 from lorica.files import listing
 from lorica.names import check_no_links
-from lorica.record import write_json
+from lorica.record import write_record
 from lorica.redaction import cleaned
 from lorica.training.output import save_model, without_bars
 from lorica.training.room import telling_the_way_on
@@ -100,12 +100,12 @@ class Run:
         cell = CellRun(self.setup, Cell(method, order, seed, rate), own / "cell", self._tell, self.clock)
         progress = cell.run()
         if cell.model is not None or not (own / RUN).exists():  # trained here, or not written by who trained it
-            if config.save_models:
-                save_model(cell.trained_model(), self.setup.tokenizer, own / "model")
+            if config.save_models and (model := cell.trained_model()) is not None:
+                save_model(model, self.setup.tokenizer, own / "model")
             write_predictions(progress, own / PREDICTIONS)
             left = [own / PREDICTIONS, *(file for file in (own / "model").rglob("*") if file.is_file())]
-            write_json(own / RUN, record_of(cell, progress, selection) | {"files": listing(own, left)})
-        elif config.save_models and not (own / "model").is_dir():
+            write_record(own / RUN, record_of(cell, progress, selection) | {"files": listing(own, left)})
+        if config.save_models and not (own / "model").is_dir():
             self.say(f"notice: {own} was finished without --save_models; remove it to train that model again")
         cell.drop_model()
         return read_run(own / RUN)

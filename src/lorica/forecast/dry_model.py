@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from lorica.config import UpdateConfig
 from lorica.constrain.planning import UNFREEZE_RANK_RATIO, plan
 from lorica.errors import LoricaError
-from lorica.methods import METHODS, TaskData
+from lorica.methods import METHODS, TaskData, build_method
 from lorica.methods.base import Method, scheduled_share
 from lorica.subspace.plan import MEASURED, Plan
 from lorica.subspace.ranks import share_to_count
@@ -77,7 +77,8 @@ def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
     if config.method == "osft":
         made = Plan.load(config.plan_file) if config.plan_file else assumed_plan(model, config, task.index)
         given = {"plan": made, "memory_mode": config.memory_mode}
-    method = METHODS[config.method].build({k: v for k, v in given.items() if k in names} | config.method_options)
+    given = {name: value for name, value in given.items() if name in names}
+    method = build_method(config.method, given, config.method_options)
     method.begin_task(model, task)
     return method
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from lorica.methods.base import METHODS, Method, Protection, Targets
+from lorica.methods.base import METHODS, Method, Protection, Targets, build_method
 from lorica.methods.task import TaskData
 
-__all__ = ["METHODS", "Method", "Protection", "Targets", "TaskData"]
+__all__ = ["METHODS", "Method", "Protection", "Targets", "TaskData", "build_method"]
 
 for _module in (
     "osft",

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Literal, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorica.config import UpdateConfig
 from lorica.constrain.audit_report import AuditReport
 from lorica.constrain.kept import KeptBases
 from lorica.constrain.origin import MemoryMode
-from lorica.errors import LoricaError
+from lorica.errors import LoricaError, did_you_mean, one_line
 from lorica.methods.options import checked_options
 from lorica.methods.task import Rows, TaskData
 from lorica.registry import Registry
@@ -237,3 +238,30 @@ class Method:
 
 
 METHODS: Registry[type[Method]] = Registry("method")
+
+
+def build_method(name: str, given: Mapping[str, Any], own: Mapping[str, Any]) -> Method:
+    """Return the method of an update.
+
+    Args:
+        name: of the method.
+        given: the options of the update that are the method's too, such as ``target_modules``.
+        own: its further ones, ``--method_options``.
+
+    Raises:
+        LoricaError: see ``Method.build``; each message names the method and, where some are given, --method_options.
+    """
+    kind = METHODS[name]
+    known = [f.name for f in fields(kind.options_type) if f.name not in {*UpdateConfig.model_fields, *given}]
+    for option in own:
+        if option in UpdateConfig.model_fields:
+            raise LoricaError(f"--method_options {option}: that is an option of its own; give it as --{option}")
+        if option not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes none"
+            hint = did_you_mean(option, known)
+            raise LoricaError(f"--method_options {option}: unknown option of method {name!r}; {takes}.{hint}")
+    try:
+        return kind.build({**given, **own})
+    except LoricaError as error:
+        pairs = one_line(" ".join(f"{option}={value}" for option, value in own.items()), limit=100)
+        raise LoricaError(f"--method {name}{' --method_options ' * bool(own)}{pairs}: {error}") from error

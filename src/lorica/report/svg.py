@@ -96,6 +96,7 @@ class Scale:
             whole: ticks at integers only, and the scale ends at the data.
         """
         low, high = min(values), max(values)
+        least = max(least, 1e-6 * max(-low, high))  # of numbers so large that adding ``least`` would not change them
         low = max(min(low, high - least), 0 if low >= 0 else -math.inf)
         high = max(high, low + least)
         step = _step((high - low) / 5, whole)

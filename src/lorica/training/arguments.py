@@ -7,12 +7,13 @@ import os
 import typing
 import warnings
 from dataclasses import fields
+from enum import Enum
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
-from transformers import Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import SchedulerType, Seq2SeqTrainingArguments, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
@@ -77,6 +78,8 @@ RENAMED = {
 """Names that transformers 5 has given up, and what they are called now."""
 
 
+_CHOICES: dict[str, type[Enum]] = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
+
 EXTRAS = ("torchao", "bitsandbytes")
 """Packages of optimizers that Lorica's extras of the same name install."""
 
@@ -127,6 +130,8 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
             raise LoricaError(f"{where}--{name}: {error.errors()[0]['msg']}, got {value!r}") from error
         if value is True and checked[name] is not True:  # a bare --learning_rate would be one of 1
             raise LoricaError(f"{where}--{name} needs a value")
+        if name in _CHOICES and checked[name] not in (kinds := [kind.value for kind in _CHOICES[name]]):
+            raise LoricaError(f"{where}--{name} {value}: there is none of that name.{did_you_mean(str(value), kinds)}")
     return checked
 
 
@@ -167,6 +172,7 @@ def training_arguments(
     if "report_to" not in checked:
         arguments.report_to = []  # within Kubeflow transformers adds a tracker by itself
     _check_values(arguments, checked)
+    _check_schedule(arguments)
     check_optimizer(arguments)
     if optimizer_in_backward:
         check_in_backward(arguments)
@@ -222,7 +228,10 @@ def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
         if getattr(arguments, name) < 1:
             raise LoricaError(f"--{name} {getattr(arguments, name)} is no number of rows; give at least 1")
     if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
-        raise LoricaError("--num_train_epochs 0 trains nothing; give a number above 0, or --max_steps")
+        epochs = arguments.num_train_epochs
+        raise LoricaError(f"--num_train_epochs {epochs:g} trains nothing; give a number above 0, or --max_steps")
+    if not 0 <= arguments.seed < 2**32:
+        raise LoricaError(f"--seed {arguments.seed} is none; give a number from 0 to {2**32 - 1}")
     if "eval_steps" in given and arguments.eval_strategy == "no":
         raise LoricaError("--eval_steps has no effect without --eval_strategy steps")
     in_steps = arguments.save_strategy == "steps" and arguments.save_steps != arguments.eval_steps
@@ -232,7 +241,22 @@ def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
             f"{arguments.save_steps:g} would be there, and the best may be none of them; give --save_steps "
             f"{arguments.eval_steps:g}, or --save_strategy best"
         )
+    metric = arguments.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") != "loss":
+        raise LoricaError(f"--metric_for_best_model {metric}: while training only the loss is scored; give loss")
     _refuse_processes(max(arguments.world_size, arguments.n_gpu))
+
+
+def _check_schedule(arguments: TrainingArguments) -> None:
+    """Refuse options that the schedule does not have, and miss those that it needs, before anything is loaded."""
+    given: Any = arguments.lr_scheduler_kwargs or {}
+    options = {name: value for name, value in given.items() if not isinstance(value, list)}  # one for each group
+    blank = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=arguments.learning_rate)
+    try:
+        get_scheduler(arguments.lr_scheduler_type, blank, 0, 1, scheduler_specific_kwargs=options)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        kind = SchedulerType(arguments.lr_scheduler_type).value
+        raise LoricaError(f"--lr_scheduler_kwargs of --lr_scheduler_type {kind}: {error}") from error
 
 
 def _refuse_processes(count: int) -> None:

@@ -77,7 +77,12 @@ def _tell_who_may_write(folder: Path, say: Callable[[str], None]) -> None:
 def checkpoints_in(output_dir: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first."""
     named = (folder for folder in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name))
-    return sorted((folder for folder in named if folder.is_dir()), key=lambda folder: int(folder.name.split("-")[1]))
+    return sorted((folder for folder in named if folder.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def unusable(folder: Path, *, reset_optimizer: bool = False) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
-from lorica.training.checkpoints import checkpoints_in, unusable
+from lorica.training.checkpoints import checkpoints_in, step_of, unusable
 
 
 class Diverged(LoricaError):
@@ -28,11 +29,13 @@ class Diverged(LoricaError):
         self.what = what
 
 
-def last_good_checkpoint(output_dir: str) -> str:
-    """Return which checkpoint a run can go on from, in words."""
-    complete = (folder for folder in reversed(checkpoints_in(Path(output_dir))) if unusable(folder) is None)
-    found = next(complete, None)
-    return "no checkpoint was written yet" if found is None else f"the last good checkpoint is {found}"
+def last_good_checkpoint(output_dir: str, before: float = math.inf) -> str:
+    """Return which checkpoint a run can go on from, in words; one that was written before a step."""
+    earlier = (folder for folder in reversed(checkpoints_in(Path(output_dir))) if step_of(folder) < before)
+    found = next((folder for folder in earlier if unusable(folder) is None), None)
+    if found is None:
+        return "no checkpoint was written yet" if before == math.inf else f"no checkpoint is from before step {before}"
+    return f"the last good checkpoint is {found}"
 
 
 class WeightWatch(TrainerCallback):
@@ -83,3 +86,36 @@ class WeightWatch(TrainerCallback):
         name = self.broken()
         if name is not None:
             self.stop(name)
+
+
+class ScaleWatch(TrainerCallback):
+    """After each step in float16: that steps are still taken.
+
+    The scaler skips a step whose scaled gradients hold NaN or inf, and halves its scale; from 65536, so that a few
+    steps of any run are skipped. Below a scale of 1 the gradients are too large by themselves, and it would skip every
+    step there is.
+
+    Args:
+        accelerator: of the Trainer.
+        stop: takes the scale of a skipped step and how many were skipped one after the other, and raises.
+    """
+
+    def __init__(self, accelerator: Any, stop: Callable[[float, int], None]) -> None:
+        self.accelerator, self.stop = accelerator, stop
+        self.skipped, self._scale = 0, 0.0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.accelerator.scaler is not None:
+            self._scale = self.accelerator.scaler.get_scale()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.accelerator.scaler is None:
+            return
+        scale = self.accelerator.scaler.get_scale()  # Accelerate takes a skipped step of a fused optimizer for a step
+        self.skipped = self.skipped + 1 if scale < self._scale else 0
+        if self.skipped and scale < 1:
+            self.stop(self._scale, self.skipped)

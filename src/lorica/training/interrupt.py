@@ -39,7 +39,11 @@ class SignalCatcher(TrainerCallback):
     ) -> None:
         self._context.close()
         if kind is None and self.signum is not None:  # it came after the last look at it
-            signal.raise_signal(self.signum)
+            handler = signal.getsignal(self.signum)
+            if callable(handler):  # raised again it would count as a second one
+                handler(self.signum, None)
+            else:
+                signal.raise_signal(self.signum)
 
     def _catch(self, signum: int, frame: FrameType | None) -> None:
         if in_worker():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lorica.errors import one_line
-from lorica.files import difference, listing, sync_folder, sync_tree, write_text
+from lorica.files import Listing, difference, listing, sync_folder, sync_tree, write_text
 from lorica.json_file import load_json
 
 MANIFEST = "manifest.json"
@@ -29,9 +29,31 @@ def write_manifest(folder: Path, without: Iterable[str] = ()) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _top(path, folder) not in left_out]
     files = [path for path in files if not path.name.startswith(f".{MANIFEST}")]
     sync_tree(folder)
-    found = {"schema": 1, "files": listing(folder, files)}
-    write_text(folder / MANIFEST, json.dumps(found, indent=1) + "\n")
+    _write(folder, listing(folder, files))
     sync_folder(folder.parent)
+
+
+def add_to_manifest(folder: Path, name: str) -> None:
+    """List one more file of a folder that is complete, a file that is on the disk; the others are not read again.
+
+    Raises:
+        CannotWrite: there is no room for it; the file is then no part of the folder.
+    """
+    _write(folder, listed_in(folder) | listing(folder, [folder / name]))
+
+
+def listed_in(folder: Path) -> Listing:
+    """Return what the manifest of a folder lists.
+
+    Raises:
+        OSError, ValueError, KeyError: it cannot be read.
+    """
+    found: Listing = load_json(folder / MANIFEST)["files"]
+    return found
+
+
+def _write(folder: Path, files: Listing) -> None:
+    write_text(folder / MANIFEST, json.dumps({"schema": 1, "files": files}, indent=1) + "\n")
 
 
 def _top(file: Path, folder: Path) -> str:
@@ -45,7 +67,7 @@ def damage(folder: Path, but: str | None = None) -> str | None:
         but: how the names of files begin that do not matter.
     """
     try:
-        listed = load_json(folder / MANIFEST)["files"]
+        listed = listed_in(folder)
         counted = {name: one for name, one in listed.items() if but is None or not name.startswith(but)}
         return difference(folder, counted)
     except FileNotFoundError:

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor
 
+from lorica.data.parts import is_out_of_memory
 from lorica.errors import LoricaError
 from lorica.methods.task import Collate, Rows
 from lorica.training.in_backward import OPTION
@@ -18,11 +19,6 @@ from lorica.training.states import random_state, set_random_state
 Pass = Callable[[dict[str, Any], int | None], Tensor]
 """Forward and backward pass of a batch, to its loss. Of a part of a micro-batch, given how many labels are trained in
 the whole micro-batch, the loss is that part's share of the whole's."""
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether an accelerator, or torch's allocator for the CPU, had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 class MicroBatches:

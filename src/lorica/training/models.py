@@ -258,6 +258,8 @@ def _check_model_folder(name: str) -> None:
         raise LoricaError(f"model {name} is a file; name the model's folder")
     if not folder.is_dir():
         raise LoricaError(f"model {name}: no such folder")
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise LoricaError(f"model {name} is an adapter, not a model; merge it into its base model and save that")
     if not (folder / "config.json").exists():
         raise LoricaError(f"model {name}: the folder holds no config.json; name one that save_pretrained has written")
 

@@ -14,11 +14,12 @@ from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArgum
 
 from lorica.data.dataset import EncodedDataset
 from lorica.data.example import IGNORED_LABEL
+from lorica.data.parts import in_parts, told_of_memory
 from lorica.errors import Interrupted, LoricaError
 from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
 from lorica.training.checkpoints import load_weights
-from lorica.training.guards import Diverged, WeightWatch, last_good_checkpoint
+from lorica.training.guards import Diverged, ScaleWatch, WeightWatch, last_good_checkpoint
 from lorica.training.in_backward import StepInBackward, check_embeddings, check_method
 from lorica.training.interrupt import SignalCatcher
 from lorica.training.keeper import CheckpointKeeper
@@ -59,6 +60,7 @@ class MethodMixin:
             repeatable=not optimizer_in_backward, tell=self._note,
         )  # fmt: skip
         self.add_callback(WeightWatch(self._stop_at_weight))
+        self.add_callback(ScaleWatch(self.accelerator, self._stop_at_scale))
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -72,7 +74,8 @@ class MethodMixin:
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().train(*args, **kwargs)  # type: ignore[misc]
+            with told_of_memory(self._after_the_passes):
+                return super().train(*args, **kwargs)  # type: ignore[misc]
         finally:
             if self.stepper is not None:
                 self.stepper.remove()
@@ -112,6 +115,23 @@ class MethodMixin:
         finally:
             set_random_state(random)
             self.model.train(training)
+
+    def prediction_step(
+        self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return the loss of a batch; in parts where memory runs out, each weighted by what it trains."""
+        assert prediction_loss_only
+        one_pass = super().prediction_step  # type: ignore[misc]
+
+        def shares(rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+            part = {name: value[rows[0] : rows[-1] + 1] for name, value in inputs.items()}
+            return [(one_pass(model, part, True, *args, **kwargs)[0], self._trained(part["labels"]))]
+
+        parts = in_parts(shares, range(len(inputs["labels"])))
+        if len(parts) == 1:
+            return parts[0][0], None, None
+        counts = torch.stack([count for _, count in parts])
+        return sum(loss * count for loss, count in parts) / counts.sum(), None, None
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -176,11 +196,33 @@ class MethodMixin:
     def _stop_at_weight(self: Any, name: str) -> None:
         raise self._diverged(f"{name} holds NaN or inf after the optimizer's step,", self.micro_batches.whole_step)
 
-    def _diverged(self: Any, what: str, numbers: Sequence[int]) -> Diverged:
+    def _stop_at_scale(self: Any, scale: float, skipped: int) -> None:
+        step = self.state.global_step + 1
+        raise self._diverged(
+            f"the gradients overflow float16 even at a loss scale of {scale:g}, and {skipped} steps in a row were "
+            "skipped, the last",
+            self.micro_batches.whole_step,
+            advice="Give --bf16 instead of --fp16, lower --learning_rate",
+            before=step - skipped + 1,
+        )
+
+    def _after_the_passes(self: Any) -> str:
+        """Tell where it was that no batch can be made smaller."""
+        step = self.micro_batches.step
+        where = f"after the backward pass of step {step}, in the optimizer's step" if step else "before the first step"
+        return (
+            f"{where}; the optimizer needs less with --optim adafactor or adamw_bnb_8bit, a lower "
+            "--unfreeze_rank_ratio, or --optimizer_in_backward true (lorica check tells how much). Nothing of the step "
+            "was saved; " + last_good_checkpoint(self.args.output_dir)
+        )
+
+    def _diverged(
+        self: Any, what: str, numbers: Sequence[int], *, advice: str = "Lower --learning_rate", before: float = math.inf
+    ) -> Diverged:
         return Diverged(
             f"{what} at step {self.state.global_step + 1}, rows {named(self.rows, numbers)}",
-            "training stopped there. Lower --learning_rate or look at the rows; "
-            + last_good_checkpoint(self.args.output_dir),
+            f"training stopped there. {advice} or look at the rows; "
+            + last_good_checkpoint(self.args.output_dir, before),
         )
 
     def _note(self: Any, notice: str) -> None:
@@ -245,6 +287,8 @@ def fit(
             callbacks=[catcher, keeper],
         )
         keeper.trainer = trainer
+        if arguments.fp16 and trainer.accelerator.scaler is None:
+            raise LoricaError(f"--fp16 has no effect on {arguments.device}, which knows bfloat16: give --bf16")
         if quiet:
             trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
