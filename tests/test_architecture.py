@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "lorica"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BASE = {"config", "values", "json_file", "files", "registry", "errors", "scores", "bootstrap"}
-BASE |= {"redaction", "yaml_file", "hub", "names", "signals", "units"}
+BASE |= {"redaction", "yaml_file", "hub", "names", "signals", "units", "processes"}
 ROOMS: dict[str, set[str]] = {
     "redaction": set(),
     "errors": {"redaction"},
@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "hub": {"errors"},
     "names": {"errors"},
     "units": set(),
+    "processes": {"errors"},
     "signals": {"errors"},
     "scores": BASE,
     "bootstrap": BASE,

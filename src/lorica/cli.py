@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from typing import Annotated
 
 import typer
 
-from lorica import __version__
+from lorica import __version__, processes
 from lorica.commands import check, inspection, learn, look, score, updates
 from lorica.commands.options import normalised
 from lorica.config import UpdateConfig
@@ -72,6 +73,16 @@ def _complain(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+def _check_launcher(words: list[str]) -> None:
+    """Refuse several processes for all commands but ``train``; the first one tells."""
+    command = next((word for word in words if not word.startswith("-")), None)
+    if processes.launched() == 1 or command == "train":
+        return
+    if int(os.environ.get("RANK") or 0):
+        raise processes.Elsewhere
+    raise LoricaError(processes.alone(f"lorica {command}" if command else "lorica"))
+
+
 def main() -> None:
     """Run the command line.
 
@@ -79,8 +90,11 @@ def main() -> None:
     status 128 + its number.
     """
     try:
+        _check_launcher(sys.argv[1:])
         with handled(stop), writing(None, "the system refused to read or write"):
             app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
+    except processes.Elsewhere:
+        sys.exit(BAD_INPUT)
     except LoricaError as error:
         _complain(f"lorica: {error}")
         sys.exit(BAD_INPUT)

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from lorica import processes
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score
@@ -24,6 +25,8 @@ from lorica.units import size
 def progress_bar(what: str) -> Callable[[str, int, int], None]:
     """Return a progress callback that draws transformers' progress bar, with the time left."""
     bar: Any = None
+    if not processes.first():
+        return lambda name, done, total: None
 
     def advance(name: str, done: int, total: int) -> None:
         nonlocal bar

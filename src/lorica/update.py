@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers import set_seed
 
+from lorica import processes
 from lorica.config import UpdateConfig, build_config
 from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score, evaluate
+from lorica.files import Listing
 from lorica.hub import commits
 from lorica.inputs import Inputs
 from lorica.lineage import (
@@ -57,6 +59,10 @@ from lorica.training.trainer import fit
 Say = Callable[[str], None]
 
 
+def _silent(line: str) -> None:
+    """Say nothing: the first of several processes does."""
+
+
 def train(config: UpdateConfig | Mapping[str, Any], say: Say = print) -> dict[str, Any]:
     """Update one model with one data set; this is ``lorica train``.
 
@@ -72,7 +78,10 @@ def train(config: UpdateConfig | Mapping[str, Any], say: Say = print) -> dict[st
         Interrupted: a signal came; a checkpoint was written.
     """
     settings = config if isinstance(config, UpdateConfig) else build_config(dict(config))
-    return Update(settings, say).run()
+    with processes.working_together():
+        with processes.agreed():
+            made = Update(settings, say)
+        return made.run()
 
 
 class Update:
@@ -80,7 +89,7 @@ class Update:
 
     def __init__(self, config: UpdateConfig, say: Say = print) -> None:
         self.config = config = pinned(config)
-        self.say = cleaned(say)
+        self.say = cleaned(say) if processes.first() else _silent
         self.watch = Stopwatch()
         given = check_arguments(config.training)
         if config.eval_file is None and given.get("eval_strategy", "no") != "no":
@@ -120,7 +129,7 @@ class Update:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        way, lines = foreseen(self.config, self.inputs)
+        way, lines = processes.by_first(lambda: foreseen(self.config, self.inputs)) or (None, [])
         for line in lines if way else []:
             self.say(line)
         set_seed(self.arguments.seed)
@@ -133,11 +142,8 @@ class Update:
         plan = self._begin(model)
         for line in [] if way else lines:  # only now: what is wrong with the options is an error by here
             self.say(line)
-        output_dir = make_output_dir(self.config.output_dir)
-        write_identity(output_dir, self._identity())
-        if plan is not None:
-            plan.save(output_dir / "plan.json")
-        self.inputs.write_rejected(output_dir)
+        output_dir = Path(self.config.output_dir)
+        processes.by_first(lambda: self._open(output_dir, plan))
         before = self._scores(model, "before")
         self.say(self._settings())
         if self.config.reset_optimizer:
@@ -149,13 +155,11 @@ class Update:
                 reset_optimizer=self.config.reset_optimizer, optimizer_in_backward=self.config.optimizer_in_backward,
             )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        audit = self.method.audit(model)
+        audit = processes.by_first(lambda: self.method.audit(model))
         if audit is not None:
             self.say(audit.verdict())
         self.method.end_task(model, self._task())
-        target = output_dir if self.config.max_forgetting is None else candidate(output_dir)
-        files = save_model(model, self.tokenizer, target)  # before scoring: what was trained is safe
-        files |= keep_memory(target, self.method.state_dict())
+        files = processes.by_first(lambda: self._save(model, output_dir)) or {}  # what was trained is safe then
         after = self._scores(model, "after")
         record = self._settled(plan, log, before, after) | {
             "parent": self.lineage.to_json(),
@@ -166,8 +170,21 @@ class Update:
             "leakage": audit.to_records() if audit else [],
             "cost": self._cost(trainable) | {"expected_peak_bytes": None if way is None else way.device_bytes},
         }
-        self._finish(output_dir, record)
+        record["rejected"] = forgotten(record["scores"], self.config.max_forgetting)
+        processes.by_first(lambda: self._finish(output_dir, record))
         return record
+
+    def _open(self, output_dir: Path, plan: Plan | None) -> None:
+        """Write what is known before training."""
+        make_output_dir(self.config.output_dir)
+        write_identity(output_dir, self._identity())
+        if plan is not None:
+            plan.save(output_dir / "plan.json")
+        self.inputs.write_rejected(output_dir)
+
+    def _save(self, model: Any, output_dir: Path) -> Listing:
+        target = output_dir if self.config.max_forgetting is None else candidate(output_dir)
+        return save_model(model, self.tokenizer, target) | keep_memory(target, self.method.state_dict())
 
     def _cost(self, trainable: int) -> dict[str, Any]:
         return {
@@ -190,7 +207,6 @@ class Update:
         return self.method.plan
 
     def _finish(self, output_dir: Path, record: dict[str, Any]) -> None:
-        record["rejected"] = forgotten(record["scores"], self.config.max_forgetting)
         kept = settle(output_dir, self.config.max_forgetting, record["rejected"])
         write_record(output_dir / "lorica.json", record)
         page = write_report([output_dir / "lorica.json"], output_dir)

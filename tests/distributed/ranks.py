@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 SECONDS = 120
 """After which a process that hangs ends."""
@@ -64,6 +65,7 @@ def _begun(rank: int, size: int, work: Callable[[int], Any], folder: Path, port:
 def _group(rank: int, size: int, port: int) -> Iterator[None]:
     places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in places.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    AcceleratorState._reset_state(reset_partial_state=True)  # a copy of this process knows one process alone
     dist.init_process_group("gloo")
     yield
     dist.destroy_process_group()

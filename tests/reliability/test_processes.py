@@ -1,4 +1,4 @@
-"""Several processes are refused by name, by each of them, before any waits for the others."""
+"""Where several processes are not supported they are refused by name, before any waits for the others."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import pytest
 from lorica.errors import LoricaError
 from lorica.training.arguments import training_arguments
 
-LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
 
-@pytest.mark.reliability("R13", "R30")
-def test_one_of_two_processes_refuses_without_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (LAUNCHER | {"WORLD_SIZE": "2"}).items():
+def test_a_library_call_refuses_without_the_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in LAUNCHER.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LoricaError, match="2 processes or GPUs: Lorica runs on one device for now"):
+    with pytest.raises(LoricaError, match="2 processes: this runs on one device, lorica train alone on several"):
         training_arguments({}, str(tmp_path), hidden_size=64, seq2seq=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -29,21 +28,20 @@ def test_a_launcher_with_one_process_is_taken(tmp_path: Path, monkeypatch: pytes
     assert training_arguments({}, str(tmp_path), hidden_size=64, seq2seq=False).world_size == 1
 
 
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_settings_of_the_launcher_are_not_ignored(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(LoricaError, match=f"accelerate's configuration asks for {engine}: lorica train keeps a copy"):
+        training_arguments({}, str(tmp_path), hidden_size=64, seq2seq=False)
+
+
 @pytest.mark.slow
-@pytest.mark.reliability("R13", "R30")
-def test_torchrun_with_two_processes_ends(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": " b"}\n')
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no-python", sys.executable,
-             "-m", "lorica.cli", "train", "--model_name_or_path", str(tmp_path), "--train_file", str(rows),
-             "--output_dir", str(tmp_path / "out")]  # fmt: skip
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "tokenizer.json").write_text(
-        '{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null, '
-        '"pre_tokenizer": null, "post_processor": null, "decoder": null, '
-        '"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1, "e": 2}, "unk_token": "e"}}'
+def test_other_commands_end_at_once_under_torchrun(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lorica", "demo"]
+    words += ["--output_dir", str(tmp_path / "out")]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=60, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
-    assert done.stderr.count("2 processes or GPUs: Lorica runs on one device for now") == 2
+    assert done.stderr.count("lorica: 2 processes: lorica demo runs on one device") == 1
     assert not (tmp_path / "out").exists()

@@ -176,10 +176,7 @@ class SubspaceLayer(nn.Module):
 
         Of a sharded layer all processes have to.
         """
-        if self.core.dtype not in (torch.float32, torch.float64):
-            raise LoricaError(
-                f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after"
-            )
+        self._check_use()
         if isinstance(self.core, DTensor):
             settle(every_layer())
             fold_sharded([self])
@@ -187,6 +184,17 @@ class SubspaceLayer(nn.Module):
         self._fold_into(self.matrix, self.core.detach())
         self._folded = Core.state_of(self.core)
         register(self)  # the core may have been replaced
+
+    def _check_use(self) -> None:
+        if self.core.dtype not in (torch.float32, torch.float64):
+            raise LoricaError(
+                f"a protected model was cast to {self.core.dtype}; cast the model before lorica.protect, not after "
+                "(with DeepSpeed use torch_autocast, not its bf16 or fp16)"
+            )
+        if hasattr(self.weight, "ds_id"):
+            raise LoricaError(
+                "DeepSpeed's ZeRO-3 takes the weights apart, and a folded one would be lost; use ZeRO-1 or 2, or FSDP2"
+            )
 
     def folded(self, core_PQ: Tensor) -> Tensor:
         """Return the weight, as it is stored, that a core stands for."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.constrain.bases import SIDES, WIDE, Bases
@@ -24,6 +25,7 @@ from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import Protected
 
 _RECORD = "_lorica_protection"
+_NOT_SENT = "_ddp_params_and_buffers_to_ignore"
 
 
 def protect(
@@ -93,6 +95,7 @@ def protect(
     for name, (held, shards) in splits.items():
         wrapped[name] = WRAPPERS[type(targets[name])].wrap_sharded(targets[name], *held, shards)
     _swap(model, {id(targets[name]): layer for name, layer in wrapped.items()})
+    _leave_to_each_process(model)
     return model
 
 
@@ -192,7 +195,16 @@ def release(model: nn.Module) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
         delattr(model, _RECORD)
+        if hasattr(model, _NOT_SENT):
+            delattr(model, _NOT_SENT)
     return model
+
+
+def _leave_to_each_process(model: nn.Module) -> None:
+    """Keep W0 and the bases, which every process has, out of what DDP sends before each forward pass."""
+    layers = protected_layers(model)
+    names = [f"{name}.{buffer}" for name, layer in layers.items() for buffer, _ in layer.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def protected_layers(model: nn.Module) -> dict[str, SubspaceLayer]:

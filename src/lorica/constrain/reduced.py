@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
 from lorica.subspace.basis import Basis, Everything
 
@@ -97,7 +97,9 @@ def lift(core_PQ: Tensor, out: Basis, inp: Basis) -> Tensor:
 def _averaged(gradient: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
     """Return the mean of all processes' gradients, each with its part of it: what FSDP2 does with its own."""
     summands = DTensor.from_local(gradient, mesh, [Partial("avg")] * mesh.ndim, run_check=False)
-    return summands.redistribute(placements=placements)
+    # First the part, then over replicas: torch itself would bring the whole of it together on all of them.
+    parts = [one if isinstance(one, Shard) else Partial("avg") for one in placements]
+    return summands.redistribute(placements=parts).redistribute(placements=placements)
 
 
 class ReducedLinear(torch.autograd.Function):

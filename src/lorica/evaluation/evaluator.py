@@ -14,7 +14,8 @@ from lorica.data.encoder import Encoded
 from lorica.data.example import IGNORED_LABEL
 from lorica.data.parts import in_parts
 from lorica.data.tokens import Codec
-from lorica.evaluation.generate import Progress, batch_count, batches_by_length, greedy_answers
+from lorica.evaluation.generate import Progress, batch_count, batches_by_length, counting, greedy_answers
+from lorica.processes import together
 
 Score = dict[str, float | int | None]
 
@@ -65,11 +66,14 @@ def mean_loss(
         count = int((batch["labels"] if seq2seq else batch["labels"][:, 1:]).ne(IGNORED_LABEL).sum())
         return [(model(**batch).loss.item() * count, count)]
 
-    sums: list[tuple[float, int]] = []
-    for done, indices in enumerate(batches_by_length(lengths, batch_size), start=1):
-        sums += in_parts(one_pass, indices)
-        if progress is not None:
-            progress("loss", done, batch_count(len(lengths), batch_size))
+    tell = counting(progress, "loss", batch_count(len(lengths), batch_size))
+
+    def one_batch(indices: Sequence[int]) -> list[tuple[float, int]]:
+        sums = in_parts(one_pass, indices)
+        tell()
+        return sums
+
+    sums = [pair for pairs in together(batches_by_length(lengths, batch_size), one_batch) for pair in pairs]
     return sum(total for total, _ in sums) / sum(tokens for _, tokens in sums)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from lorica import processes
 from lorica.data.parts import in_parts
 from lorica.data.positions import position_limit
 
@@ -26,16 +28,21 @@ class Written(NamedTuple):
     ended: bool
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Yield indices in batches of similar length, the longest first so that a lack of memory shows at once."""
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Return indices in batches of similar length, the longest first so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def batch_count(rows: int, batch_size: int) -> int:
-    """Return how many batches ``batches_by_length`` yields."""
+    """Return how many batches ``batches_by_length`` makes."""
     return -(-rows // batch_size)
+
+
+def counting(progress: Progress | None, name: str, total: int) -> Callable[[], None]:
+    """Return what to call after each batch; where several processes share them, each counts for all."""
+    done = itertools.count(processes.size(), processes.size())
+    return lambda: progress(name, min(next(done), total), total) if progress is not None else None
 
 
 @torch.no_grad()
@@ -67,18 +74,21 @@ def greedy_answers(
     lengths = [len(prompt) for prompt in filled]
     wanted = [max_new_tokens] * len(filled) if isinstance(max_new_tokens, int) else max_new_tokens
     settings = _settings(model, tokenizer)
-    answers = [Written("", False)] * len(filled)
-    total = batch_count(len(filled), batch_size)
+    tell = counting(progress, "answers", batch_count(len(filled), batch_size))
+
+    def one_batch(batch: list[int]) -> list[tuple[int, list[int]]]:
+        written: list[tuple[int, list[int]]] = []
+        for indices, new_tokens in _within_positions(model, batch, lengths, wanted):
+            settings.max_new_tokens = new_tokens
+            ids = in_parts(partial(_generate, model, settings), [filled[index] for index in indices])
+            written += zip(indices, ids, strict=True)
+        tell()
+        return written
+
     with _generating_by(model, settings):
-        for done, batch in enumerate(batches_by_length(lengths, batch_size), start=1):
-            for indices, new_tokens in _within_positions(model, batch, lengths, wanted):
-                settings.max_new_tokens = new_tokens
-                written = in_parts(partial(_generate, model, settings), [filled[index] for index in indices])
-                for index, ids in zip(indices, written, strict=True):
-                    answers[index] = _read(tokenizer, ids, settings.eos_token_id)
-            if progress is not None:
-                progress("answers", done, total)
-    return answers
+        batches = processes.together(batches_by_length(lengths, batch_size), one_batch)
+    answers = {index: _read(tokenizer, ids, settings.eos_token_id) for batch in batches for index, ids in batch}
+    return [answers[index] for index in range(len(filled))]
 
 
 def _settings(model: Any, tokenizer: Any) -> GenerationConfig:

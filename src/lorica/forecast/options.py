@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lorica.config import UpdateConfig
 from lorica.values import with_training
@@ -45,6 +45,13 @@ class ForecastConfig(UpdateConfig):
     bandwidth: float | None = None
     """Bytes per second that the device's memory reads and writes, such as 3e12; by default measured here."""
 
+    devices: int = Field(default=1, ge=1)
+    """How many such devices train one model: told besides are the memory of each and the bytes that it receives in
+    each step, under DDP and sharded by FSDP2."""
+
+    replicas: int = Field(default=1, ge=1)
+    """How many copies of the sharded model there are, which only average gradients; it has to divide --devices."""
+
     @field_validator("device_memory", mode="before")
     @classmethod
     def _size(cls, value: Any) -> Any:
@@ -56,6 +63,12 @@ class ForecastConfig(UpdateConfig):
         if value is not None and not value > 0:
             raise ValueError("expected a rate above 0")
         return value
+
+    @model_validator(mode="after")
+    def _equal_shares(self) -> Self:
+        if self.devices % self.replicas:
+            raise ValueError(f"--replicas {self.replicas} does not divide --devices {self.devices}")
+        return self
 
     @model_validator(mode="after")
     def _has_data(self) -> Self:

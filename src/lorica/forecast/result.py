@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from lorica.forecast.communication import TRAFFIC
+from lorica.forecast.devices import EXTRA, Share
 from lorica.forecast.dry_run import Batch
 from lorica.forecast.ledger import KINDS
 from lorica.forecast.needs import FREED, PHASES, PROCESS, WORKSPACE, Disk, Phase
@@ -26,6 +28,7 @@ class Way:
         trainable: numbers that train.
         phases: memory in each phase of the run.
         split_seconds, step_seconds: estimates; None where a rate is not known.
+        shares: what each of several devices takes, for each layout; empty for one device.
     """
 
     label: str
@@ -34,6 +37,7 @@ class Way:
     disk: Disk
     split_seconds: float | None
     step_seconds: float | None
+    shares: list[Share] = field(default_factory=list)
 
     @property
     def peak(self) -> Phase:
@@ -67,7 +71,7 @@ class Way:
             "split_seconds": self.split_seconds,
             "step_seconds": self.step_seconds,
             "run_seconds": self.run_seconds(steps),
-        }
+        } | ({"devices": [share.to_json() for share in self.shares]} if self.shares else {})
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,9 @@ class Forecast:
     disk_free: int | None
 
     def fits(self, memory: int) -> bool:
-        """Tell whether the run that was asked about fits so many bytes of the device's memory."""
-        return self.ways[0].device_bytes <= memory
+        """Tell whether the run that was asked about fits so many bytes of memory: of several devices in any layout."""
+        first = self.ways[0]
+        return min((share.device_bytes for share in first.shares), default=first.device_bytes) <= memory
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -114,7 +119,8 @@ class Forecast:
 
     def table(self) -> str:
         """Return the forecast as text: one column for each way of training."""
-        lines = [self._head(), "", *_columns(self._rows(), [way.label for way in self.ways]), "", self._verdict()]
+        rows = self._rows() + [row for i in range(len(self.ways[0].shares)) for row in self._rows_of_share(i)]
+        lines = [self._head(), "", *_columns(rows, [way.label for way in self.ways]), "", self._verdict()]
         return "\n".join([*lines, *self._shares(), *(f"assumed: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
@@ -148,10 +154,20 @@ class Forecast:
         rows.append(("whole run, estimated", [_estimated(way.run_seconds(self.steps)) for way in ways]))
         return rows
 
+    def _rows_of_share(self, index: int) -> list[tuple[str, list[str]]]:
+        shares = [way.shares[index] for way in self.ways]
+        rows = [(f"{shares[0].layout}: memory of each", [f"in {share.peak.name}" for share in shares])]
+        rows += _by_kind([share.peak.device for share in shares])
+        rows.append(("  sum", [size(share.device_bytes) for share in shares]))
+        rows.append(("  received in each step", [_size_of(sum(share.received.values())) for share in shares]))
+        there = [kind for kind in TRAFFIC if any(share.received.get(kind) for share in shares)]
+        return rows + [(f"    {kind}", [_size_of(share.received.get(kind, 0)) for share in shares]) for kind in there]
+
     def _verdict(self) -> str:
         first, memory = self.ways[0], self.machine.memory
-        word = "fits" if self.fits(memory) else "does not fit"
-        told = f"{first.label}: {size(first.device_bytes)} {word} {size(memory)}"
+        needs = {f", {share.layout}": share.device_bytes for share in first.shares} or {"": first.device_bytes}
+        words = [(where, need, "fits" if need <= memory else "does not fit") for where, need in needs.items()]
+        told = "\n".join(f"{first.label}{where}: {size(need)} {word} {size(memory)}" for where, need, word in words)
         needed = first.disk.output
         if self.disk_free is not None and needed > self.disk_free:
             told += f"; the disk has {size(self.disk_free)} free and {size(needed)} are needed"
@@ -161,6 +177,7 @@ class Forecast:
         return [
             f"memory_mode {mode}: "
             + (f"unfreeze_rank_ratio up to {share:g} fits" if share is not None else "no unfreeze_rank_ratio fits")
+            + (" one device" if self.ways[0].shares else "")
             for mode, share in self.largest.items()
         ]
 
@@ -175,7 +192,7 @@ def _estimated(seconds: float | None) -> str:
 
 
 def _by_kind(columns: list[Mapping[str, int]]) -> list[tuple[str, list[str]]]:
-    kinds = [PROCESS, *KINDS, FREED, WORKSPACE]
+    kinds = [PROCESS, *KINDS, *EXTRA, FREED, WORKSPACE]
     there = [kind for kind in kinds if any(column.get(kind, 0) >= _SHOWN for column in columns)]
     return [(f"  {kind}", [_size_of(column.get(kind, 0)) for column in columns]) for kind in there]
 

@@ -16,6 +16,8 @@ from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
 from lorica.files import free_bytes
 from lorica.forecast.batches import batches_of
+from lorica.forecast.communication import Layout, sizes_of, units_of
+from lorica.forecast.devices import shares
 from lorica.forecast.dry_model import assumptions, begin, blank_model
 from lorica.forecast.dry_run import Batch, Step, dry_score, dry_step
 from lorica.forecast.needs import (
@@ -28,7 +30,7 @@ from lorica.forecast.needs import (
     protected_directions,
     split_workspace,
 )
-from lorica.forecast.options import build_forecast_config
+from lorica.forecast.options import ForecastConfig, build_forecast_config
 from lorica.forecast.rates import Machine, split_seconds, this_machine, unmeasured_machine
 from lorica.forecast.result import Forecast, Way
 from lorica.inputs import Inputs
@@ -73,7 +75,7 @@ def forecast(
         steps=run.batches.steps,
         ways=ways,
         largest=run.largest() if settings.method == "osft" and settings.plan_file is None else {},
-        notes=[*run.batches.notes, *assumptions(settings)],
+        notes=[*run.batches.notes, *assumptions(settings), *run.assumed_of_devices()],
         disk_free=_free_disk(settings.output_dir),
     )
 
@@ -124,6 +126,7 @@ class _Run:
         self.machine = machine or this_machine(self.arguments.device.type)
         self.index = read_lineage(settings.model_name_or_path).updates
         self.batches = batches_of(settings, self.arguments, self.model_config, inputs)
+        self.layout = _layout(settings)
 
     def way(self, settings: UpdateConfig) -> Way:
         """Return what one way of training needs."""
@@ -134,14 +137,25 @@ class _Run:
         count = self.arguments.gradient_accumulation_steps
         split = [layer for layer in protected_layers(model).values() if protected_directions(layer)]
         shapes = Counter((layer.out_basis.dim, layer.in_basis.dim) for layer in split)
+        found = self._phases(model, step)
+        several = self.layout.devices > 1
         return Way(
             label=_label(settings),
             trainable=step.trainable,
-            phases=self._phases(model, step),
+            phases=found,
             disk=disk(model, step, self.arguments, self.batches.steps),
             split_seconds=split_seconds(shapes, self.machine),
             step_seconds=None if micro is None or update is None else count * micro + update,
+            shares=shares(found, sizes_of(model, units_of(model)), self.layout, count) if several else [],
         )
+
+    def assumed_of_devices(self) -> list[str]:
+        """Return, in words, what is assumed of several devices."""
+        if self.layout.devices == 1:
+            return []
+        told = ["each device trains on micro-batches of that size; sharded, each of them ends in averaged gradients"]
+        own = "each device is a CPU with a machine of its own"
+        return [*told, own] if self.machine.device == "cpu" else told
 
     def _dry(self, settings: UpdateConfig, batch: Batch) -> Any:
         model = blank_model(settings, self.model_config)
@@ -183,6 +197,12 @@ def _check_no_compiler(arguments: TrainingArguments) -> None:
             "--torch_compile cannot be forecast: what a compiler keeps and fuses is its own; leave it out for an "
             "upper bound"
         )
+
+
+def _layout(settings: UpdateConfig) -> Layout:
+    if isinstance(settings, ForecastConfig):
+        return Layout(settings.devices // settings.replicas, settings.replicas)
+    return Layout(1)
 
 
 def _label(settings: UpdateConfig) -> str:

@@ -17,6 +17,7 @@ from transformers import SchedulerType, Seq2SeqTrainingArguments, Trainer, Train
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
+from lorica import processes
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError, did_you_mean
 from lorica.training.in_backward import check_in_backward
@@ -32,8 +33,6 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     # The Trainer's filter would replace a NaN loss by the running mean and go on.
     "logging_nan_inf_filter": False,
-    # DDP would send W0 and every basis again at each forward pass; they are the same everywhere.
-    "ddp_broadcast_buffers": False,
     # Pinned memory is for copies to a GPU; without one torch warns at every start.
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
@@ -50,7 +49,15 @@ _UPLOAD = (
 )
 _TOKEN = "a token would end up in files and in the list of processes; set the environment variable HF_TOKEN instead"
 
+_WHOLE = (
+    "lorica train keeps a copy of the model in every process; a script of your own can train a sharded one, see "
+    "docs/distributed.md"
+)
+
 REFUSED = {
+    "fsdp": _WHOLE,
+    "fsdp_config": _WHOLE,
+    "deepspeed": _WHOLE,
     "hub_token": _TOKEN,
     "push_to_hub_token": _TOKEN,
     "token": _TOKEN,
@@ -154,7 +161,9 @@ def training_arguments(
     Raises:
         LoricaError: see ``check_arguments``; or a value makes no sense, or transformers refuses the combination.
     """
-    _refuse_processes(int(os.environ.get("WORLD_SIZE") or 1))
+    _check_launcher()
+    if optimizer_in_backward and processes.size() > 1:
+        raise LoricaError("--optimizer_in_backward is for one process: others would not have seen the gradient yet")
     checked = check_arguments(given)
     kind = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
     stray = sorted(set(checked) - {f.name for f in fields(kind)})
@@ -162,6 +171,8 @@ def training_arguments(
         raise LoricaError(f"--{stray[0]} is for encoder-decoder models; this model is none")
     if hidden_size is None and "learning_rate" not in checked:
         raise LoricaError("--learning_rate is needed: the model's width, which sets the default, cannot be told")
+    if processes.size() > 1 and not torch.accelerator.is_available():
+        checked = {"use_cpu": True} | checked
     rate = {} if hidden_size is None else {"learning_rate": default_learning_rate(hidden_size) * learning_rate_scale}
     try:
         with warnings.catch_warnings():  # both names of --gradient_checkpointing are as good here
@@ -171,6 +182,8 @@ def training_arguments(
         raise LoricaError(f"transformers refuses these training arguments: {error}") from error
     if "report_to" not in checked:
         arguments.report_to = []  # within Kubeflow transformers adds a tracker by itself
+    if arguments.world_size != processes.size():
+        raise LoricaError(f"{processes.size()} processes were started, and transformers counts {arguments.world_size}")
     _check_values(arguments, checked)
     _check_schedule(arguments)
     check_optimizer(arguments)
@@ -244,7 +257,11 @@ def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
     metric = arguments.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") != "loss":
         raise LoricaError(f"--metric_for_best_model {metric}: while training only the loss is scored; give loss")
-    _refuse_processes(max(arguments.world_size, arguments.n_gpu))
+    if arguments.n_gpu > 1:
+        raise LoricaError(
+            f"{arguments.n_gpu} GPUs for one process: start one for each, torchrun --nproc_per_node {arguments.n_gpu} "
+            "-m lorica train ..., or set CUDA_VISIBLE_DEVICES to one of them"
+        )
 
 
 def _check_schedule(arguments: TrainingArguments) -> None:
@@ -259,10 +276,10 @@ def _check_schedule(arguments: TrainingArguments) -> None:
         raise LoricaError(f"--lr_scheduler_kwargs of --lr_scheduler_type {kind}: {error}") from error
 
 
-def _refuse_processes(count: int) -> None:
-    """Refuse more than one; of torchrun's, before any of them waits for the others."""
-    if count > 1:
-        raise LoricaError(
-            f"{count} processes or GPUs: Lorica runs on one device for now; start it without torchrun or accelerate "
-            "launch, and set CUDA_VISIBLE_DEVICES to one GPU"
-        )
+def _check_launcher() -> None:
+    """Refuse processes that nobody waits for, and settings of a launcher that would be ignored."""
+    if processes.launched() > processes.size():
+        raise LoricaError(processes.alone("this"))
+    for engine in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise LoricaError(f"accelerate's configuration asks for {engine}: {_WHOLE}")

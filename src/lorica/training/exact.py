@@ -45,13 +45,18 @@ class TrainingState:
             "scheduler": trainer.lr_scheduler.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "method": trainer.method.training_state(),
-            "random": random_state(),
-            "random_at_epoch": self._random_at_epoch,
             "settings": {name: getattr(trainer.args, name) for name in SETTINGS},
-            "log": {"loss": trainer._tr_loss, "logged": trainer._globalstep_last_logged},
             "seconds": self.seconds + time.perf_counter() - self._began,
         }
-        return {"state": state, OPTIMIZER: trainer.optimizer.state_dict()}
+        return {"state": state | self.own(), OPTIMIZER: trainer.optimizer.state_dict()}
+
+    def own(self) -> dict[str, Any]:
+        """Return what of the state each of several processes has for itself."""
+        return {
+            "random": random_state(),
+            "random_at_epoch": self._random_at_epoch,
+            "log": {"loss": self.trainer._tr_loss, "logged": self.trainer._globalstep_last_logged},
+        }
 
     def load(self, tree: Mapping[str, Any], optimizer: Mapping[str, Any] | None) -> None:
         """Take over what ``trees`` returned; call it when the Trainer has made its optimizer and its schedule.

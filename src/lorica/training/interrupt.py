@@ -11,12 +11,15 @@ from typing import Any, Self
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorica import processes
 from lorica.signals import handled, in_worker, stop
 from lorica.training.exact import at_epoch_end
 
 
 class SignalCatcher(TrainerCallback):
     """As a context: catch SIGINT and SIGTERM. As a callback: at the next step's end, save and stop.
+
+    Of several processes all stop after the same step, whichever of them the signal came to.
 
     A second signal is not waited for. In a command it ends the process as if nobody handled it; elsewhere the
     handlers from before get it.
@@ -58,9 +61,14 @@ class SignalCatcher(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.signum is not None:
+        if self.agreed() is not None:
             control.should_save = control.should_training_stop = True
         return control
+
+    def agreed(self) -> int | None:
+        """Return the signal that came to this process or to another that it works with; it counts for all."""
+        self.signum = processes.largest(self.signum or 0) or None
+        return self.signum
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorica import processes
 from lorica.constrain.kept import BASES, write_bases
 from lorica.errors import LoricaError
 from lorica.files import remove_folder, writing
@@ -74,7 +75,7 @@ class CheckpointKeeper(TrainerCallback):
         self.arguments.save_only_model, self.arguments.save_total_limit = not self.keeps_state, self.limit
         self.arguments.eval_on_start = self._starts_with_scores
         self.arguments.load_best_model_at_end = self._ends_with_best
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and processes.first():
             self._take_back(error)
 
     def _take_back(self, error: Exception) -> None:
@@ -104,7 +105,8 @@ class CheckpointKeeper(TrainerCallback):
         try:
             names = ("state",) if self.reset_optimizer else ("state", OPTIMIZER)
             found = {name: load_tree(Path(self.resume) / STATE, name) for name in names}
-            self.state.load(found["state"], found.get(OPTIMIZER))
+            own = {} if processes.first() else load_tree(Path(self.resume) / STATE, processes.name())
+            self.state.load(found["state"] | own, found.get(OPTIMIZER))
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise LoricaError(f"{self.resume}: the optimizer's state cannot be taken over: {error}") from error
 
@@ -148,13 +150,23 @@ class CheckpointKeeper(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        if self.keeps_state or self.catcher.signum is not None:
-            (folder / STATE).mkdir(exist_ok=True)
-            for name, tree in self.state.trees().items():
-                save_tree(tree, folder / STATE, name)
-            self._keep_bases(folder)
+        with processes.agreed():
+            if self.keeps_state or self.catcher.signum is not None:
+                self._write_state(folder)
+        processes.by_first(lambda: self._complete(folder, state.best_model_checkpoint))
+
+    def _write_state(self, folder: Path) -> None:
+        (folder / STATE).mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
+        if not processes.first():
+            save_tree(self.state.own(), folder / STATE, processes.name())
+            return
+        for name, tree in self.state.trees().items():
+            save_tree(tree, folder / STATE, name)
+        self._keep_bases(folder)
+
+    def _complete(self, folder: Path, best: str | None) -> None:
         write_manifest(folder)
-        self._remove_old(folder, state.best_model_checkpoint)
+        self._remove_old(folder, best)
 
     def _keep_bases(self, folder: Path) -> None:
         method = self.trainer.method
@@ -168,7 +180,8 @@ class CheckpointKeeper(TrainerCallback):
         """Return the checkpoint of the last step, written now if it has not been; None if no step was taken."""
         trainer, step = self.trainer, self.trainer.state.global_step
         folder = Path(str(self.arguments.output_dir)) / f"checkpoint-{step}"
-        if step and not ((folder / MANIFEST).exists() and (folder / STATE).is_dir()):
+        missing = step and not ((folder / MANIFEST).exists() and (folder / STATE).is_dir())
+        if processes.largest(int(missing and processes.first())):
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(self.arguments, trainer.state, trainer.control)
         return folder if step else None

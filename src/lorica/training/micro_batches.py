@@ -12,7 +12,6 @@ from torch import Tensor
 from lorica.data.parts import is_out_of_memory
 from lorica.errors import LoricaError
 from lorica.methods.task import Collate, Rows
-from lorica.training.in_backward import OPTION
 from lorica.training.rows import NUMBER, where
 from lorica.training.states import random_state, set_random_state
 
@@ -36,7 +35,7 @@ class MicroBatches:
         collate: makes a batch of its rows.
         count: tells how many of a batch's labels are trained.
         size: rows of a micro-batch.
-        repeatable: whether a step can be run again; not where parameters are stepped in the backward pass.
+        once: why a step cannot be run again; None: it can.
         tell: takes a notice.
     """
 
@@ -47,12 +46,12 @@ class MicroBatches:
         count: Callable[[Tensor], Tensor],
         size: int,
         *,
-        repeatable: bool,
+        once: str | None,
         tell: Callable[[str], None],
     ) -> None:
         self.rows, self.collate, self.count, self.tell = rows, collate, count, tell
         self.size = self.most = size
-        self.repeatable = repeatable
+        self.once = once
         self.step, self.begun = 0, 0
         self.numbers: list[list[int]] = []
         self._running: list[int] = []
@@ -122,10 +121,10 @@ class MicroBatches:
 
     def _halve(self) -> None:
         rows = len(self._running)
-        if not self.repeatable:
+        if self.once is not None:
             raise LoricaError(
-                f"memory ran out at step {self.step}, with {rows} rows at a time; --{OPTION} takes a part of the step "
-                "before it shows, so the rows cannot be run in smaller parts: lower --per_device_train_batch_size"
+                f"memory ran out at step {self.step}, with {rows} rows at a time; {self.once}, so the rows cannot be "
+                "run in smaller parts: lower --per_device_train_batch_size"
             )
         if rows == 1:
             place, length = where(self.rows, self._running[0]), len(self.rows[self._running[0]]["input_ids"])

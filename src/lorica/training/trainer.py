@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 
+from lorica import processes
 from lorica.data.dataset import EncodedDataset
 from lorica.data.example import IGNORED_LABEL
 from lorica.data.parts import in_parts, told_of_memory
@@ -20,7 +21,7 @@ from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
 from lorica.training.checkpoints import load_weights
 from lorica.training.guards import Diverged, ScaleWatch, WeightWatch, last_good_checkpoint
-from lorica.training.in_backward import StepInBackward, check_embeddings, check_method
+from lorica.training.in_backward import OPTION, StepInBackward, check_embeddings, check_method
 from lorica.training.interrupt import SignalCatcher
 from lorica.training.keeper import CheckpointKeeper
 from lorica.training.manifest import damage
@@ -57,10 +58,16 @@ class MethodMixin:
             self.args.max_grad_norm = 0.0
         self.micro_batches = MicroBatches(
             rows, collate, self._trained, self.args.train_batch_size,
-            repeatable=not optimizer_in_backward, tell=self._note,
+            once=self._why_once(), tell=self._note,
         )  # fmt: skip
         self.add_callback(WeightWatch(self._stop_at_weight))
         self.add_callback(ScaleWatch(self.accelerator, self._stop_at_scale))
+
+    def _why_once(self: Any) -> str | None:
+        """Return why a step that has begun cannot be run again."""
+        if self.in_backward:
+            return f"--{OPTION} takes a part of the step before it shows"
+        return "the other processes have gone on with it" if self.args.world_size > 1 else None
 
     def create_optimizer(self: Any, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -164,6 +171,8 @@ class MethodMixin:
         )
         # So a penalty is the same however a step is split.
         share = 1.0 if num_items_in_batch is None else self._trained(labels) / num_items_in_batch
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            share = share * self.args.world_size  # they were counted over all processes, whose gradients are averaged
         loss = (loss if extra is None else loss + extra) * share
         if self.in_backward and model.training:
             self._check_loss(loss)  # afterwards the weights would be no numbers either
@@ -184,8 +193,9 @@ class MethodMixin:
     # --- what stops a run -------------------------------------------------------------------------------------
 
     def _check_loss(self: Any, loss: Tensor) -> None:
-        if not loss.isfinite():
-            raise self._diverged(f"the loss is {loss.item()}", self.micro_batches.current)
+        with processes.agreed():  # else the others would wait for this one
+            if not loss.isfinite():
+                raise self._diverged(f"the loss is {loss.item()}", self.micro_batches.current)
 
     def _check_gradient(self: Any, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -227,7 +237,8 @@ class MethodMixin:
 
     def _note(self: Any, notice: str) -> None:
         """Tell of something that the run's record is to hold as well."""
-        print(f"notice: {notice}")
+        if processes.first():
+            print(f"notice: {notice}")
         self.state.log_history.append({"step": self.state.global_step + 1, "notice": notice})
 
 
@@ -294,8 +305,8 @@ def fit(
         trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         # Mixed precision wraps ``forward`` on the model itself; without this it would stay there.
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False)
-        if catcher.signum is not None:
-            raise Interrupted(catcher.signum, str(keeper.keep()))
+        if (signum := catcher.agreed()) is not None:
+            raise Interrupted(signum, str(keeper.keep()))
     log: list[dict[str, float]] = trainer.state.log_history
     log[-1]["train_runtime"] += keeper.state.seconds
     return log

@@ -1,0 +1,171 @@
+"""Several processes that carry out one command, started by ``torchrun`` or ``accelerate launch``.
+
+All of them go the same way. The first one speaks and writes; what goes wrong in one of them ends all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from lorica.errors import LoricaError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_working_together = False
+
+_BROKEN_OFF = re.compile(r"onnection (closed|reset|refused)|[Rr]ead timeout|NCCL|[Gg]loo")
+"""What the two backends say where a process does not answer any more."""
+
+
+class Elsewhere(LoricaError):
+    """Something went wrong in another process, which tells what."""
+
+
+def launched() -> int:
+    """Return how many processes a launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def alone(what: str) -> str:
+    """Return why something does not run on several processes."""
+    return (
+        f"{launched()} processes: {what} runs on one device, lorica train alone on several; start it without torchrun "
+        "or accelerate launch, and set CUDA_VISIBLE_DEVICES to one GPU"
+    )
+
+
+@contextmanager
+def working_together() -> Iterator[None]:
+    """Let the functions of this module speak for all processes in here; outside of it each is on its own.
+
+    Raises:
+        Elsewhere: in all processes but the first of those in which something went wrong.
+    """
+    global _working_together
+    if launched() == 1:
+        yield
+        return
+    import torch
+    from accelerate import PartialState
+
+    # Joins the processes into a group. Not told so, Accelerate counts one process where there is no accelerator.
+    PartialState(cpu=not torch.accelerator.is_available())
+    _working_together = True
+    try:
+        yield
+    except RuntimeError as error:
+        if not _BROKEN_OFF.search(str(error)):
+            raise
+        raise Elsewhere("another process has ended") from error
+    finally:
+        _working_together = False
+
+
+def size() -> int:
+    """Return how many processes work together."""
+    return launched() if _working_together else 1
+
+
+def first() -> bool:
+    """Tell whether this process is the one that speaks and writes."""
+    return size() == 1 or _rank() == 0
+
+
+def name() -> str:
+    """Return what to call this process's own files."""
+    return f"process-{_rank()}"
+
+
+def largest(value: int) -> int:
+    """Return the largest of the values that all processes give."""
+    if size() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    number = torch.tensor([value], device=_device())
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
+@contextmanager
+def agreed() -> Iterator[None]:
+    """Wait for all processes at the end; what went wrong in one is raised by all.
+
+    For work without a word between the processes.
+
+    Raises:
+        Elsewhere: something went wrong in another process, and in this one nothing or the same.
+    """
+    problem: BaseException | None = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    ranks = size()
+    worst = largest(ranks - _rank() if problem is not None else 0)  # of the first process that has a problem
+    if problem is not None and (ranks == 1 or worst == ranks - _rank()):
+        raise problem
+    if worst:
+        raise Elsewhere(f"process {ranks - worst} could not go on") from problem
+
+
+def by_first(work: Callable[[], Result]) -> Result | None:
+    """Let the first process do something, and all wait for it.
+
+    Returns:
+        What it returned, there; None in the others.
+    """
+    result = None
+    with agreed():
+        if first():
+            result = work()
+    return result
+
+
+def together(items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
+    """Return what ``work`` makes of each item, in their order, each made by one of the processes.
+
+    Args:
+        items: the same in all processes.
+        work: returns what JSON can hold.
+    """
+    ranks, own = size(), []
+    if ranks == 1:
+        return [work(item) for item in items]
+    with agreed():
+        own = [work(item) for item in items[_rank() :: ranks]]
+    parts = _gathered(own)
+    return [parts[index % ranks][index // ranks] for index in range(len(items))]
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Return the values of all processes, which JSON has to be able to hold."""
+    import torch
+    import torch.distributed as dist
+
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=_device())
+    longest = largest(len(text))
+    padded = torch.full((longest,), ord(" "), dtype=torch.uint8, device=_device())
+    padded[: len(text)] = text
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    dist.all_gather(parts, padded)
+    return [json.loads(bytes(part.tolist())) for part in parts]
+
+
+def _rank() -> int:
+    import torch.distributed as dist
+
+    return dist.get_rank() if _working_together else 0
+
+
+def _device() -> str:
+    import torch.distributed as dist
+
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
