@@ -16,7 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.optim import AdamW
 
 import lorica
@@ -64,6 +66,33 @@ def test_a_model_that_is_wrapped_after_protect(wrap: Any, size: int) -> None:
     for (after,) in on_ranks(size, lambda rank: course.run(tiny("llama"), rank, size, wrap)):
         assert difference(after, alone(course)[0]) <= 1e-6
         assert worst_leakage(tiny("llama"), after) <= 1e-5
+
+
+def test_what_fsdp_holds_is_not_released() -> None:
+    def work(rank: int) -> None:
+        model = tiny("llama")
+        lorica.protect(model, plan_of_shapes(model))
+        in_fsdp(model)
+        for _ in range(2):  # also once it has trained
+            with pytest.raises(LoricaError, match=r"FSDP2 was applied to the model after lorica\.protect"):
+                lorica.release(model)
+            Course(steps=1, parts=2).train(model, model, rank, 2)
+
+    on_ranks(2, work)
+
+
+@pytest.mark.parametrize(("sharded", "message"), [(True, "not tensor parallel ones"), (False, "but not by FSDP2")])
+def test_tensor_parallel_weights_are_refused(sharded: bool, message: str) -> None:
+    def work(rank: int) -> None:
+        model = tiny("llama")
+        mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("fsdp", "tp"))
+        parallelize_module(model.model.layers[0].mlp, mesh["tp"], {"up_proj": ColwiseParallel()})
+        if sharded:
+            fully_shard(model, mesh=mesh["fsdp"])
+        with pytest.raises(LoricaError, match=message):
+            lorica.protect(model, plan_of_shapes(model))
+
+    on_ranks(2, work)
 
 
 FAMILIES = ("gpt2", "t5", "llama-tied", "qwen3", "bert", "opt")

@@ -212,9 +212,13 @@ class SubspaceLayer(nn.Module):
 
         A sharded layer is folded after each step and when it is loaded, by all processes together.
         """
-        gathered = self.weight is not self._plain[0].weight and type(self.core) is nn.Parameter
-        if self.shards is None and not gathered and Core.state_of(self.core) != self._folded:
+        if self.shards is None and not self.taken_over and Core.state_of(self.core) != self._folded:
             self.fold()
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether FSDP2, applied after ``protect``, has put parameters of its own in the place of the layer's."""
+        return self.weight is not self._plain[0].weight and type(self.core) is not Core
 
     @property
     def held(self) -> int:

@@ -89,7 +89,7 @@ def protect(
         if constrained:
             wrapped[entry.name] = work.layer(entry, module)
         tell(entry.name)
-    splits = split_sharded(sharded, targets, work.held, tell)  # the last of what can go wrong
+    splits = split_sharded(model, sharded, targets, work.held, tell)  # the last of what can go wrong
     free = [name for name in plan.names() if name not in wrapped and name not in splits]
     freeze_all_but(model, plan, [targets[name].get_parameter("weight") for name in free])
     for name, (held, shards) in splits.items():
@@ -187,7 +187,15 @@ def release(model: nn.Module) -> nn.Module:
     """Give the plain model back, in place: the same modules, keys, dtype and flags as before ``protect``.
 
     The weights are the trained ones. Releasing a model that is not protected changes nothing.
+
+    Raises:
+        LoricaError: FSDP2 was applied after ``protect``; it cannot be taken off again. The model is untouched.
     """
+    if any(layer.taken_over for layer in protected_layers(model).values()):
+        raise LoricaError(
+            "FSDP2 was applied to the model after lorica.protect and holds its layers; save its state without the "
+            "keys that end in .core, or load the model sharded before lorica.protect (docs/distributed.md)"
+        )
     layers = {id(module): module.unwrap() for module in model.modules() if isinstance(module, SubspaceLayer)}
     _swap(model, layers)
     if hasattr(model, _RECORD):

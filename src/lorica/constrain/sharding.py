@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, zeros
 from transformers.pytorch_utils import Conv1D
 
@@ -34,6 +35,7 @@ class Held(NamedTuple):
 
 
 def split_sharded(
+    model: nn.Module,
     entries: Sequence[PlanEntry],
     modules: Mapping[str, nn.Linear | Conv1D],
     split: Callable[[PlanEntry, Tensor], Held],
@@ -44,6 +46,7 @@ def split_sharded(
     All processes have to call this.
 
     Args:
+        model: holds the layers.
         entries: what the plan says of each.
         modules: the layers, by name.
         split: makes the bases of a whole weight (M x N).
@@ -53,6 +56,8 @@ def split_sharded(
         LoricaError: a weight is not sharded as FSDP2 does it, or cannot be split; in every process.
     """
     found: dict[str, tuple[Held, Shards]] = {}
+    if entries and not any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise LoricaError("the model's weights are sharded, but not by FSDP2; Lorica does not know tensor parallelism")
     for group, here in _by_group(entries, modules).items():
         owners = shared_out([entry.shape[0] * entry.shape[1] for entry in here], group.size())
         own = _split(list(zip(owners, here, strict=True)), modules, split, tell, group)

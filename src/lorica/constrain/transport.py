@@ -71,8 +71,8 @@ def _exchange(flat: Tensor, sent: list[int], received: list[int], group: dist.Pr
 
 
 def _axis(tensor: DTensor) -> int:
-    axes = [axis for axis, placement in enumerate(tensor.placements) if isinstance(placement, Shard)]
-    if len(axes) != 1:
+    axes = [axis for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(axes) != 1 or not isinstance(tensor.placements[axes[0]], Shard):
         raise LoricaError(
             f"a protected weight is placed as {tensor.placements}; Lorica trains weights that FSDP2 shards over one "
             "dimension of the mesh, not tensor parallel ones"
