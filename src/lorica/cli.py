@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from typing import Annotated
 
@@ -31,6 +32,9 @@ app = typer.Typer(
 
 BAD_INPUT = 2
 """Exit status for a mistake of the user's, and where the disk is full or a folder read-only."""
+
+ON_SEVERAL = ("train", "run")
+"""Commands that several processes carry out together."""
 
 _ANY_OPTION = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Fields of TrainingArguments are options too."""
@@ -74,13 +78,10 @@ def _complain(message: str) -> None:
 
 
 def _check_launcher(words: list[str]) -> None:
-    """Refuse several processes for all commands but ``train``; the first one tells."""
+    """Refuse several processes for all commands but ``ON_SEVERAL``."""
     command = next((word for word in words if not word.startswith("-")), None)
-    if processes.launched() == 1 or command == "train":
-        return
-    if int(os.environ.get("RANK") or 0):
-        raise processes.Elsewhere
-    raise LoricaError(processes.alone(f"lorica {command}" if command else "lorica"))
+    if processes.launched() > 1 and command not in ON_SEVERAL:
+        raise LoricaError(processes.alone(f"lorica {command}" if command else "lorica"))
 
 
 def main() -> None:
@@ -94,12 +95,15 @@ def main() -> None:
         with handled(stop), writing(None, "the system refused to read or write"):
             app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
     except processes.Elsewhere:
+        time.sleep(2)  # a launcher ends all processes with the first, and the one with the message may be slower
         sys.exit(BAD_INPUT)
     except LoricaError as error:
-        _complain(f"lorica: {error}")
+        if processes.tells():
+            _complain(f"lorica: {error}")
         sys.exit(BAD_INPUT)
     except Interrupted as stopped:
-        _complain(f"lorica: {stopped}")
+        if stopped.checkpoint is None or not int(os.environ.get("RANK") or 0):  # all stop with a checkpoint
+            _complain(f"lorica: {stopped}")
         sys.exit(128 + stopped.signum)
     except Exception:  # a defect of Lorica: with its traceback, but without the tokens that may stand in it
         print(redacted(traceback.format_exc()), end="", file=sys.stderr)

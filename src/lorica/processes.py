@@ -8,19 +8,29 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorica.errors import LoricaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_working_together = False
+_working_together = _have_met = False
 
-_BROKEN_OFF = re.compile(r"onnection (closed|reset|refused)|[Rr]ead timeout|NCCL|[Gg]loo")
-"""What the two backends say where a process does not answer any more."""
+PATIENCE = timedelta(hours=6)
+"""How long a process waits for another one, of which the first has work of its own: lm-eval can take hours."""
+
+_BROKEN_OFF = re.compile(r"[Cc]onnection (closed|reset|refused) by (remote )?peer|remote process exited")
+"""What the two backends say where a process has ended."""
+
+_PLACES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each process besides how many there are."""
 
 
 class Elsewhere(LoricaError):
@@ -35,8 +45,8 @@ def launched() -> int:
 def alone(what: str) -> str:
     """Return why something does not run on several processes."""
     return (
-        f"{launched()} processes: {what} runs on one device, lorica train alone on several; start it without torchrun "
-        "or accelerate launch, and set CUDA_VISIBLE_DEVICES to one GPU"
+        f"{launched()} processes: {what} runs on one device, lorica train and lorica run on several; start it without "
+        "torchrun or accelerate launch, and set CUDA_VISIBLE_DEVICES to one GPU"
     )
 
 
@@ -44,19 +54,26 @@ def alone(what: str) -> str:
 def working_together() -> Iterator[None]:
     """Let the functions of this module speak for all processes in here; outside of it each is on its own.
 
+    Within another one it does nothing.
+
     Raises:
         Elsewhere: in all processes but the first of those in which something went wrong.
     """
-    global _working_together
-    if launched() == 1:
+    global _working_together, _have_met
+    if launched() == 1 or _working_together:
         yield
         return
+    if missing := [name for name in _PLACES if name not in os.environ]:
+        raise LoricaError(
+            f"WORLD_SIZE is {launched()}, but {missing[0]} is not set: start the processes with torchrun or accelerate "
+            "launch, or unset WORLD_SIZE for a single one"
+        )
     import torch
     from accelerate import PartialState
 
     # Joins the processes into a group. Not told so, Accelerate counts one process where there is no accelerator.
-    PartialState(cpu=not torch.accelerator.is_available())
-    _working_together = True
+    PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    _working_together = _have_met = True
     try:
         yield
     except RuntimeError as error:
@@ -75,6 +92,11 @@ def size() -> int:
 def first() -> bool:
     """Tell whether this process is the one that speaks and writes."""
     return size() == 1 or _rank() == 0
+
+
+def tells() -> bool:
+    """Tell whether a mistake in this process is to be told: until they work together all of them make the same."""
+    return _have_met or int(os.environ.get("RANK") or 0) == 0
 
 
 def name() -> str:
@@ -141,12 +163,14 @@ def together(items: Sequence[Item], work: Callable[[Item], Result]) -> list[Resu
         return [work(item) for item in items]
     with agreed():
         own = [work(item) for item in items[_rank() :: ranks]]
-    parts = _gathered(own)
+    parts = gathered(own)
     return [parts[index % ranks][index // ranks] for index in range(len(items))]
 
 
-def _gathered(value: Any) -> list[Any]:
-    """Return the values of all processes, which JSON has to be able to hold."""
+def gathered(value: Any) -> list[Any]:
+    """Return the values of all processes, which JSON has to be able to hold, in their order."""
+    if size() == 1:
+        return [value]
     import torch
     import torch.distributed as dist
 
@@ -157,6 +181,27 @@ def _gathered(value: Any) -> list[Any]:
     parts = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
     return [json.loads(bytes(part.tolist())) for part in parts]
+
+
+def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of the first process, by name; in the others as copies, on the CPU.
+
+    What each process has computed by itself can differ from the others' in its last bits.
+    """
+    if size() == 1:
+        return dict(tensors)
+    import torch
+    import torch.distributed as dist
+
+    own = [[name, list(one.shape), str(one.dtype).removeprefix("torch.")] for name, one in tensors.items()]
+    found = {}
+    for name, shape, dtype in gathered(own if first() else [])[0]:
+        mine = tensors[name] if first() else torch.empty(shape, dtype=getattr(torch, dtype))
+        sent = mine.detach().to(_device()).contiguous()
+        if sent.numel():
+            dist.broadcast(sent, src=0)
+        found[name] = mine if first() else sent.cpu()
+    return found
 
 
 def _rank() -> int:

@@ -134,12 +134,14 @@ class Update:
             self.say(line)
         set_seed(self.arguments.seed)
         self.method.load_state_dict(self.lineage.memory(self.config.method))
-        model = load_model(self.config, self.model_config, self.arguments.device)
+        with processes.agreed():
+            model = load_model(self.config, self.model_config, self.arguments.device)
         for line in self.inputs.describe():
             self.say(line)
         if told := self.lineage.notice(self.config.method):
             self.say(f"notice: {told}")
-        plan = self._begin(model)
+        with processes.agreed():
+            plan = self._begin(model)
         for line in [] if way else lines:  # only now: what is wrong with the options is an error by here
             self.say(line)
         output_dir = Path(self.config.output_dir)
@@ -275,7 +277,7 @@ class Update:
     def _settings(self) -> str:
         a = self.arguments
         length = f"{a.max_steps} steps" if a.max_steps > 0 else f"{a.num_train_epochs:g} epochs"
-        rows = a.per_device_train_batch_size * a.gradient_accumulation_steps
+        rows = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
         return f"training: learning rate {a.learning_rate:.2g}, {length}, {rows} rows a step, seed {a.seed}"
 
     def _settled(self, plan: Plan | None, log: list[dict[str, float]], before: Any, after: Any) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def on_ranks(size: int, work: Callable[[int], Any]) -> list[Any]:
         AssertionError: with the traceback of each process that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = _free_port()
+        port = free_port()
         children = [_begun(rank, size, work, Path(folder), port) for rank in range(size)]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         told = [Path(folder, str(rank)) for rank in range(size)]
@@ -71,7 +71,7 @@ def _group(rank: int, size: int, port: int) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,25 @@ def test_w0_and_the_bases_lie_at_one_process_each(tmp_path: Path) -> None:
     assert {buffers for *_, buffers in told} == {0}
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_w0_and_the_bases_may_lie_aside(name: str, tmp_path: Path) -> None:
+    folder = save(name, tmp_path, torch.bfloat16)  # of which the exact bases are set aside, too
+    course = Course(steps=3, parts=2)
+
+    def work(rank: int) -> list[Weights]:
+        found = []
+        for memory in ("fast", "lean"):
+            model = load_sharded(folder, 2)
+            lorica.protect(model, plan_of_shapes(model), memory=memory)
+            course.train(model, model, rank, 2)
+            found.append(weights_of(model))
+        return found
+
+    for fast, lean in on_ranks(2, work):
+        assert difference(fast, lean) == 0  # what is sent is narrow in both
+        assert difference(fast, weights_of(tiny(name, torch.bfloat16))) > 0
+
+
 def test_a_state_that_is_loaded_is_folded(tmp_path: Path) -> None:
     folder = save("llama", tmp_path)
     course = Course(steps=2)
@@ -155,6 +176,56 @@ def test_a_state_that_is_loaded_is_folded(tmp_path: Path) -> None:
         return [both, difference(weights_of(model), weights_of(other))]
 
     assert on_ranks(2, work) == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_a_core_written_by_hand_counts_when_the_model_is_released(tmp_path: Path) -> None:
+    folder = save("llama", tmp_path)
+
+    def work(rank: int) -> list[float]:
+        model = load_sharded(folder, 2)
+        before = weights_of(model)
+        lorica.protect(model, plan_of_shapes(model))
+        unchanged = difference(before, weights_of(model))
+        with torch.no_grad():
+            for core in trainable(model):
+                core.add_(0.1)
+        lorica.release(model)
+        return [unchanged, difference(before, weights_of(model))]
+
+    for unchanged, moved in on_ranks(2, work):
+        assert unchanged == 0
+        assert moved > 0.01
+
+
+def test_weights_of_two_dtypes() -> None:
+    def work(rank: int) -> list[str]:
+        torch.manual_seed(0)
+        narrow, wide = nn.Linear(6, 8, dtype=torch.bfloat16), nn.Linear(8, 6)
+        model = nn.Sequential(nn.Sequential(narrow), nn.Sequential(wide))
+        for unit in (*model, model):
+            fully_shard(unit)
+        lorica.protect(model, lorica.plan(model, 0.5, target_modules=r"\d\.0"))
+        optimizer = AdamW(trainable(model), lr=1e-2)
+        for _ in range(2):
+            model[1](model[0](torch.ones(3, 6, dtype=torch.bfloat16)).float()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [str(layer.weight.dtype) for (layer,) in model]
+
+    assert on_ranks(2, work) == [["torch.bfloat16", "torch.float32"]] * 2
+
+
+def test_no_process_keeps_a_whole_weight_of_a_model_that_was_sharded_afterwards() -> None:
+    def work(rank: int) -> list[int]:
+        model = tiny("llama")
+        lorica.protect(model, plan_of_shapes(model))
+        weights = [weakref.ref(layer.weight) for layer in protected_layers(model).values()]
+        in_fsdp(model)
+        Course(steps=1, parts=2).train(model, model, rank, 2)
+        gc.collect()
+        return [sum(weight() is not None for weight in weights), len(weights)]
+
+    assert on_ranks(2, work) == [[0, 14], [0, 14]]
 
 
 def test_the_hidden_step_of_loading_an_optimizer_changes_nothing(tmp_path: Path) -> None:

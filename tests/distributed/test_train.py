@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 from lorica.config import build_config
+from lorica.constrain.bases import Bases
 from lorica.errors import Interrupted, LoricaError
 from lorica.update import train
 from tests.distributed.ranks import on_ranks
@@ -159,8 +161,11 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(model_folder: Path, 
     ("given", "message"),
     [
         ({"optimizer_in_backward": True}, "--optimizer_in_backward is for one process"),
-        ({"fsdp": "full_shard"}, "--fsdp is not taken: lorica train keeps a copy of the model in every process"),
+        ({"fsdp": "full_shard"}, "--fsdp is not taken: Lorica's commands keep a copy of the model in every process"),
         ({"deepspeed": "x.json"}, "--deepspeed is not taken"),
+        ({"ddp_timeout": 60}, "--ddp_timeout is not taken"),
+        ({"accelerator_config": {"even_batches": False}}, "--accelerator_config: even_batches"),
+        ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy group_by_length: each process"),
     ],
 )
 def test_what_several_processes_cannot_do(
@@ -169,6 +174,53 @@ def test_what_several_processes_cannot_do(
     (_, told, _), (_, other, _) = on_two(updated, model_folder, rows, tmp_path / "out", 2, **given)
     assert message in told
     assert other.startswith("Elsewhere: ")
+
+
+def test_the_loss_while_training_is_that_of_one_process(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    scored = {"eval_file": str(rows), "eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 5}
+
+    def losses(out: Path, lines: list[str], rows_at_once: int) -> list[float]:
+        record = updated(model_folder, rows, out, rows_at_once, lines, **scored)
+        state = json.loads((out / "checkpoint-6" / "trainer_state.json").read_text())
+        assert record["loss_curve"]
+        return [point["eval_loss"] for point in state["log_history"] if "eval_loss" in point]
+
+    expected = losses(tmp_path / "one", [], 4)
+    told = on_ranks(2, lambda rank: losses(tmp_path / "two", [], 2))
+    assert told[0] == told[1] == pytest.approx(expected, abs=2e-2)  # batches weigh alike, whatever they hold
+
+
+def test_one_process_writes_a_checkpoint(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    def saves(rank: int) -> int:
+        count = 0
+
+        def counted(*args: Any, **given: Any) -> None:
+            nonlocal count
+            count += 1
+            saved(*args, **given)
+
+        saved = LlamaForCausalLM.save_pretrained
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LlamaForCausalLM, "save_pretrained", counted)
+            updated(model_folder, rows, tmp_path / "out", 2, [])
+        return count
+
+    assert on_ranks(2, saves) == [4, 0]  # three checkpoints and the model
+
+
+def test_bases_that_differ_stop_the_training(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    def disturbed(lines: list[str]) -> dict[str, Any]:
+        made = Bases.of
+
+        def flipped(*args: Any) -> Any:
+            out, inp = made(*args)
+            return out.mapped(torch.neg) if os.environ["RANK"] == "1" else out, inp
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bases, "of", flipped)
+            return updated(model_folder, rows, tmp_path / "out", 2, lines)
+
+    assert all("the processes have made different bases" in ended for _, ended, _ in on_two(disturbed))
 
 
 @pytest.mark.slow
@@ -181,7 +233,18 @@ def test_torchrun(model_folder: Path, rows: Path, tmp_path: Path) -> None:
         "--output_dir",
         str(tmp_path / "out"),
     ]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lorica", "train", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "lorica",
+        "train",
+        *words,
+    ]
     command += ["--per_device_train_batch_size", "2", "--max_steps", "3"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}

@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import lorica
+from lorica import processes
 from lorica.errors import LoricaError
 from lorica.evaluation.harness import _loaded, check_names, lm_eval_record, lm_eval_scores
 from lorica.evaluation.task_code import code_in_task
+from tests.distributed.ranks import on_ranks
 from tests.training.conftest import byte_tokenizer
 
 pytest.importorskip("lm_eval")
@@ -285,3 +287,15 @@ def test_a_task_that_is_data_is_left_alone(yaml: str, tmp_path: Path) -> None:
     (tmp_path / "plain.yaml").write_text("include: task.yaml\ndoc_to_text: '{{q}}'")
     (tmp_path / "task.yaml").write_text(yaml)
     assert code_in_task(tmp_path / "task.yaml") == []
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_scores_for_all(llama: Any, task: Callable[..., str]) -> None:
+    file = task()
+
+    def scores(rank: int | None) -> list[Any]:
+        with processes.working_together():
+            return processes.together([file], lambda one: lm_eval_scores(llama, TOKENIZER, [one]))
+
+    alone = scores(None)
+    assert on_ranks(2, scores) == [alone, alone]

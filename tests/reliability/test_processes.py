@@ -18,7 +18,8 @@ LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "1
 def test_a_library_call_refuses_without_the_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in LAUNCHER.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(LoricaError, match="2 processes: this runs on one device, lorica train alone on several"):
+    several = "2 processes: this runs on one device, lorica train and lorica run on several"
+    with pytest.raises(LoricaError, match=several):
         training_arguments({}, str(tmp_path), hidden_size=64, seq2seq=False)
     assert list(tmp_path.iterdir()) == []
 
@@ -31,13 +32,25 @@ def test_a_launcher_with_one_process_is_taken(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
 def test_settings_of_the_launcher_are_not_ignored(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
-    with pytest.raises(LoricaError, match=f"accelerate's configuration asks for {engine}: lorica train keeps a copy"):
+    with pytest.raises(
+        LoricaError, match=f"accelerate's configuration asks for {engine}: Lorica's commands keep a copy"
+    ):
         training_arguments({}, str(tmp_path), hidden_size=64, seq2seq=False)
 
 
 @pytest.mark.slow
 def test_other_commands_end_at_once_under_torchrun(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lorica", "demo"]
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "lorica",
+        "demo",
+    ]
     words += ["--output_dir", str(tmp_path / "out")]
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=60, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}

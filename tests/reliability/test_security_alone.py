@@ -118,6 +118,7 @@ def started(work: Callable[[], Any]) -> int:
         return child
     status = 1
     torch.set_num_threads(1)  # a copy of this process has none of its threads, and would wait for them
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where the tests run in the background it is ignored
     try:
         work()
         status = 0

@@ -42,11 +42,13 @@ def run(ctx: typer.Context, config: str | None, **given: Any) -> None:
     """
     values = read_config(config) if config else {}
     settings = build_run_config(values | given_values(given) | parse_options(ctx.args))
+    from lorica import processes
     from lorica.experiments.story import run as run_stream
     from lorica.experiments.summary import conclusion
 
-    records = run_stream(settings)
-    print(conclusion(records, Path(settings.output_dir)))
+    with processes.working_together():
+        records = run_stream(settings)
+        processes.by_first(lambda: print(conclusion(records, Path(settings.output_dir))))
 
 
 def demo(

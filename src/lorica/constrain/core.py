@@ -50,6 +50,8 @@ _every_layer: weakref.WeakValueDictionary[int, SubspaceLayer] = weakref.WeakValu
 def register(layer: SubspaceLayer) -> None:
     """Note which layer a core belongs to; also after the core was replaced."""
     _layers[id(layer.core)] = layer
+    if layer.shards is not None:
+        _layers[id(layer.shards.core)] = layer
     _every_layer[id(layer)] = layer
 
 
@@ -67,16 +69,24 @@ def every_layer() -> list[SubspaceLayer]:
 def layers_of(optimizer: Optimizer) -> list[SubspaceLayer]:
     """Return the layers whose cores an optimizer holds, in its order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if any(isinstance(parameter, DTensor) and id(parameter) not in _layers for parameter in parameters):
+    if any(isinstance(parameter, DTensor) and _layer_of(parameter) is None for parameter in parameters):
         for layer in every_layer():  # FSDP2 has put parameters of its own in the place of the cores
             register(layer)
-    found = ((parameter, _layers.get(id(parameter))) for parameter in parameters)
-    return [layer for parameter, layer in found if layer is not None and layer.core is parameter]  # ids are used again
+    return [layer for layer in map(_layer_of, parameters) if layer is not None]
+
+
+def _layer_of(parameter: Tensor) -> SubspaceLayer | None:
+    layer = _layers.get(id(parameter))
+    if layer is None:
+        return None
+    # Ids are used again; and while FSDP2 has gathered a core, the layer itself holds another parameter.
+    own = layer.core is parameter or (layer.shards is not None and layer.shards.core is parameter)
+    return layer if own else None
 
 
 def _fold_after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     layers = layers_of(optimizer)
-    sharded.settle(every_layer())
+    sharded.settle(layers)
     for layer in layers:
         if layer.shards is None:
             layer.fold()

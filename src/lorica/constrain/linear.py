@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lorica.constrain.core import Core, every_layer, forget, register
+from lorica.constrain.core import Core, forget, register
 from lorica.constrain.reduced import ReducedLinear, lift, shared_product
 from lorica.constrain.sharded import Lent, Shards, settle
 from lorica.constrain.sharded import fold as fold_sharded
 from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis
+
+ZERO_3 = "DeepSpeed's ZeRO-3 takes the weights apart, and a folded one would be lost; use ZeRO-1 or 2, or FSDP2"
 
 
 class Aside(NamedTuple):
@@ -42,7 +44,7 @@ class SubspaceLayer(nn.Module):
     and M, called ``core``, the only tensor that trains. ``weight`` is dense, frozen and under its own name,
     so that the forward pass costs what the plain layer's does. It is folded anew, always from W0, after
     every step of any ``torch.optim.Optimizer`` that holds the core, and before its next use whenever the core
-    was written to in another way (``load_state_dict``, ``core.data.copy_``).
+    was written to in another way (``load_state_dict``, ``core.data.copy_``); a sharded layer not before ``release``.
 
     Attributes:
         core: M (P x Q), float32 (float64 for float64 weights), zero at first.
@@ -161,6 +163,11 @@ class SubspaceLayer(nn.Module):
         What was set aside is copied even where it is on that device: a memory map begins at any address, and products
         of the same numbers at another address can differ in their last bit.
         """
+        if self.base.is_meta and not self.core.is_meta:
+            raise LoricaError(
+                "the weights had no values when they were protected: switch fsdp_cpu_ram_efficient_loading off in "
+                "Accelerate's configuration, or load the model sharded (docs/distributed.md)"
+            )
         aside = "base" not in self._buffers
         return self.base.to(device or self.core.device, copy=True, non_blocking=True) if aside else self.base
 
@@ -178,7 +185,7 @@ class SubspaceLayer(nn.Module):
         """
         self._check_use()
         if isinstance(self.core, DTensor):
-            settle(every_layer())
+            settle([self])
             fold_sharded([self])
             return
         self._fold_into(self.matrix, self.core.detach())
@@ -192,9 +199,7 @@ class SubspaceLayer(nn.Module):
                 "(with DeepSpeed use torch_autocast, not its bf16 or fp16)"
             )
         if hasattr(self.weight, "ds_id"):
-            raise LoricaError(
-                "DeepSpeed's ZeRO-3 takes the weights apart, and a folded one would be lost; use ZeRO-1 or 2, or FSDP2"
-            )
+            raise LoricaError(ZERO_3)
 
     def folded(self, core_PQ: Tensor) -> Tensor:
         """Return the weight, as it is stored, that a core stands for."""
@@ -218,7 +223,10 @@ class SubspaceLayer(nn.Module):
     @property
     def taken_over(self) -> bool:
         """Whether FSDP2, applied after ``protect``, has put parameters of its own in the place of the layer's."""
-        return self.weight is not self._plain[0].weight and type(self.core) is not Core
+        (plain,) = self._plain
+        if self._parameters is plain._parameters:  # those of a layer that was sharded before
+            return False
+        return self.shards is not None or (self.weight is not plain.weight and type(self.core) is not Core)
 
     @property
     def held(self) -> int:
@@ -228,6 +236,8 @@ class SubspaceLayer(nn.Module):
     def shard(self, shards: Shards) -> None:
         """Note where FSDP2 has put the parts of the layer, and keep W0 and the bases if they are this process's own."""
         base, exact = self.base, self.exact_bases
+        if self.taken_over:
+            self._plain[0]._parameters.clear()  # the whole weight
         self._buffers.pop("base", None)
         self.base = base if shards.mine else base.new_empty(0)
         self.out_basis, self.in_basis = (Lent(basis, shards.group, shards.owner) for basis in exact)

@@ -16,6 +16,7 @@ from lorica.constrain.checkpoint import Weights
 from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import WRAPPERS, Aside, SubspaceLayer, matrix_of
 from lorica.constrain.origin import check_memory_mode, files_of, lean
+from lorica.constrain.sharded import fold
 from lorica.constrain.sharding import Held, split_sharded
 from lorica.constrain.targets import check_targets, user_pattern
 from lorica.errors import LoricaError, did_you_mean
@@ -196,6 +197,8 @@ def release(model: nn.Module) -> nn.Module:
             "FSDP2 was applied to the model after lorica.protect and holds its layers; save its state without the "
             "keys that end in .core, or load the model sharded before lorica.protect (docs/distributed.md)"
         )
+    sharded = [layer for layer in protected_layers(model).values() if layer.shards is not None]
+    fold(sharded)  # what was written to their cores otherwise than by an optimizer
     layers = {id(module): module.unwrap() for module in model.modules() if isinstance(module, SubspaceLayer)}
     _swap(model, layers)
     if hasattr(model, _RECORD):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lorica.constrain.transport import from_owners, group_of, to_owners
+from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis
 
 if TYPE_CHECKING:
@@ -77,28 +78,39 @@ class Lent(Basis):
 def settle(layers: Sequence[SubspaceLayer]) -> None:
     """Give the layers that FSDP2 has sharded meanwhile an owner each; W0 and the bases are dropped everywhere else.
 
-    Every process comes to the same result by itself.
+    Every process comes to the same result by itself, as long as all ask for the same layers in the same order.
+
+    Raises:
+        LoricaError: the core of a layer was sharded and its weight was not.
     """
-    new = [layer for layer in layers if layer.shards is None and isinstance(layer.core, DTensor)]
-    for group, alike in _by_group(new).items():
-        for layer, owner in zip(alike, shared_out([layer.held for layer in alike], group.size()), strict=True):
-            core, weight = layer.core, layer.weight
-            assert isinstance(core, DTensor)
-            assert isinstance(weight, DTensor)
-            layer.shard(Shards(group, owner, core, weight))
-
-
-def _by_group(layers: Sequence[SubspaceLayer]) -> dict[dist.ProcessGroup, list[SubspaceLayer]]:
-    groups: dict[dist.ProcessGroup, list[SubspaceLayer]] = {}
+    groups: dict[dist.ProcessGroup, list[tuple[SubspaceLayer, DTensor, DTensor]]] = {}
     for layer in layers:
-        assert isinstance(layer.weight, DTensor)
-        groups.setdefault(group_of(layer.weight), []).append(layer)
-    return groups
+        core, weight = layer.core, layer.weight
+        if layer.shards is not None or not isinstance(core, DTensor):
+            continue
+        if not isinstance(weight, DTensor):
+            raise LoricaError("FSDP2 has sharded the core of a layer and not its weight: leave ignored_params out")
+        groups.setdefault(group_of(weight), []).append((layer, core, weight))
+    for group, alike in groups.items():
+        load = _loads.setdefault(group.group_name, [0] * group.size())
+        owners = shared_out([layer.held for layer, _, _ in alike], group.size(), load)
+        for owner, (layer, *tensors) in zip(owners, alike, strict=True):
+            layer.shard(Shards(group, owner, *tensors))
 
 
-def shared_out(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Return an owner for each of several things: the largest goes first, each to the process that has the least."""
-    load, owners = [0] * ranks, [0] * len(sizes)
+_loads: dict[str, list[int]] = {}
+"""What the processes of each group own by now: layers are settled as they come to be used, some by themselves."""
+
+
+def shared_out(sizes: Sequence[int], ranks: int, load: list[int] | None = None) -> list[int]:
+    """Return an owner for each of several things: the largest goes first, each to the process that has the least.
+
+    Args:
+        sizes: of the things.
+        ranks: how many owners there are.
+        load: what each has already; it is added to.
+    """
+    load, owners = [0] * ranks if load is None else load, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         owners[index] = load.index(min(load))
         load[owners[index]] += sizes[index]

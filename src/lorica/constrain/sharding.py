@@ -58,7 +58,7 @@ def split_sharded(
     found: dict[str, tuple[Held, Shards]] = {}
     if entries and not any(isinstance(module, FSDPModule) for module in model.modules()):
         raise LoricaError("the model's weights are sharded, but not by FSDP2; Lorica does not know tensor parallelism")
-    for group, here in _by_group(entries, modules).items():
+    for (group, _), here in _alike(entries, modules).items():
         owners = shared_out([entry.shape[0] * entry.shape[1] for entry in here], group.size())
         own = _split(list(zip(owners, here, strict=True)), modules, split, tell, group)
         for entry, owner, form in zip(here, owners, _forms(here, own, group), strict=True):
@@ -74,13 +74,15 @@ def _sharded(module: nn.Module) -> DTensor:
     return weight
 
 
-def _by_group(
+def _alike(
     entries: Sequence[PlanEntry], modules: Mapping[str, nn.Linear | Conv1D]
-) -> dict[dist.ProcessGroup, list[PlanEntry]]:
-    groups: dict[dist.ProcessGroup, list[PlanEntry]] = {}
+) -> dict[tuple[dist.ProcessGroup, torch.dtype], list[PlanEntry]]:
+    """Return the entries by what can travel together."""
+    found: dict[tuple[dist.ProcessGroup, torch.dtype], list[PlanEntry]] = {}
     for entry in entries:
-        groups.setdefault(group_of(_sharded(modules[entry.name])), []).append(entry)
-    return groups
+        weight = _sharded(modules[entry.name])
+        found.setdefault((group_of(weight), weight.dtype), []).append(entry)
+    return found
 
 
 def _split(

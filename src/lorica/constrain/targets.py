@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lorica.constrain.linear import WRAPPERS, SubspaceLayer
+from lorica.constrain.linear import WRAPPERS, ZERO_3, SubspaceLayer
 from lorica.errors import LoricaError, did_you_mean
 
 _LLAMA = r"self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj"
@@ -150,6 +150,8 @@ def _check(name: str, module: nn.Module, owners: Mapping[int, int], *, dry_run: 
     if "forward" in vars(module):
         raise LoricaError(f"{name} has a replaced forward (offloading, device_map); load the model on one device")
     weight = module.get_parameter("weight")
+    if hasattr(weight, "ds_id"):
+        raise LoricaError(f"{name}: {ZERO_3}")
     if weight.is_meta and not dry_run:
         raise LoricaError(f"{name} has no values yet (meta device); load the weights before lorica.protect")
     if weight.dtype not in DTYPES or type(weight.data) not in (Tensor, DTensor):

@@ -16,7 +16,8 @@ from lorica.data.parts import in_parts
 from lorica.data.positions import position_limit
 from lorica.data.tokens import Codec
 from lorica.errors import LoricaError, did_you_mean
-from lorica.evaluation.generate import Progress, batch_count, batches_by_length
+from lorica.evaluation.generate import Progress, batch_count, batches_by_length, counting
+from lorica.processes import together
 
 Normalise = Literal["none", "tokens", "characters"]
 
@@ -82,18 +83,23 @@ def choice_scores(
     readings = _readings(model, codec, prompts, choices)
     lengths = [len(reading.prompt) + len(reading.tail) for reading in readings]
     score_of = partial(_log_probabilities, model, Collator(tokenizer))
+    batches = [[readings[index] for index in indices] for indices in batches_by_length(lengths, batch_size)]
+    tell = counting(progress, "choices", batch_count(len(readings), batch_size))
+
+    def one_batch(batch: list[_Reading]) -> list[float]:
+        found = in_parts(score_of, batch)
+        tell()
+        return found
+
     scores = [[0.0] * len(texts) for texts in choices]
     training = model.training
     model.eval()
     try:
-        for done, indices in enumerate(batches_by_length(lengths, batch_size), start=1):
-            batch = [readings[index] for index in indices]
+        for batch, found in zip(batches, together(batches, one_batch), strict=True):
             asked = [(reading, choice) for reading in batch for choice in reading.lasts]
-            for (reading, choice), score in zip(asked, in_parts(score_of, batch), strict=True):
+            for (reading, choice), score in zip(asked, found, strict=True):
                 text, tokens = choices[reading.row][choice], len(reading.tail) + 1
                 scores[reading.row][choice] = score / _divisor(normalise, text, tokens)
-            if progress is not None:
-                progress("choices", done, batch_count(len(readings), batch_size))
     finally:
         model.train(training)
     return scores

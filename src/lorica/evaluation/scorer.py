@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from lorica.evaluation.choices import choose
 from lorica.evaluation.evaluator import answer_length
 from lorica.evaluation.generate import Progress, batches_by_length, greedy_answers
 from lorica.evaluation.metrics import METRICS, Answer, normalise_answer
+from lorica.processes import together
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,10 @@ def _classified(model: Any, rows: list[Encoded], scored: Scored, tokenizer: Any,
         best: list[int] = model(**batch.to(model.device)).logits[:, classes].argmax(dim=1).tolist()
         return best
 
+    batches = batches_by_length([len(row.input_ids) for row in rows], batch_size)
     answers = [""] * len(rows)
-    for indices in batches_by_length([len(row.input_ids) for row in rows], batch_size):
-        for index, best in zip(indices, in_parts(likeliest, indices), strict=True):
+    for indices, found in zip(batches, together(batches, partial(in_parts, likeliest)), strict=True):
+        for index, best in zip(indices, found, strict=True):
             answers[index] = scored.choices[best]
     return answers
 

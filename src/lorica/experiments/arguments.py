@@ -67,5 +67,5 @@ def planned_steps(arguments: TrainingArguments, rows: int) -> int:
     """
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batches = math.ceil(rows / arguments.train_batch_size)
+    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
     return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)

@@ -6,12 +6,12 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments, set_seed
 
+from lorica import processes
 from lorica.data.dataset import EncodedDataset
 from lorica.data.scored import Scored, Task
 from lorica.errors import Interrupted
@@ -34,7 +34,10 @@ from lorica.training.trainer import fit
 Say = Callable[[str], None]
 Column = Task | HeldOut
 
-warn = partial(warnings.warn, stacklevel=2)
+
+def _warn(told: str) -> None:
+    if processes.first():
+        warnings.warn(told, stacklevel=2)
 
 
 class CellRun:
@@ -56,15 +59,16 @@ class CellRun:
 
     def run(self) -> Progress:
         """Go through the stages that are not done yet and return what was measured."""
-        claim(self.folder, identity(self.setup, self.cell))
-        stage = last_stage(self.folder)
+        processes.by_first(lambda: claim(self.folder, identity(self.setup, self.cell)))
+        with processes.agreed():
+            stage = last_stage(self.folder)
+            progress = Progress.from_json(stage.progress()) if stage else self._unmeasured()
         self._remove_tasks(but=None if stage is None else self._task_folder(stage.number))
         if stage is not None:
-            progress = Progress.from_json(stage.progress())
             self.clock.skip(progress.stages_done + 1)
             if progress.stages_done == len(self.tasks):
                 return progress
-        progress = self._begin(stage)
+        self._begin(stage, progress)
         for index in range(progress.stages_done, len(self.tasks)):
             watch = Stopwatch()
             try:
@@ -74,7 +78,8 @@ class CellRun:
                     self._keep(index + 1, progress)  # before scoring: what was trained is safe
             except Diverged as error:
                 if not self.cell.validates:
-                    raise
+                    with processes.agreed():  # all have come to know, and one tells
+                        raise
                 self._give_up(str(error), progress)  # the other rates of the grid are still to be tried
                 return progress
             watch = Stopwatch()
@@ -86,8 +91,12 @@ class CellRun:
 
     def drop_model(self) -> None:
         """Remove the weights that only a stop would have needed; what was measured stays."""
-        if (stage := last_stage(self.folder)) is not None:
-            stage.drop_model()
+
+        def drop() -> None:
+            if (stage := last_stage(self.folder)) is not None:
+                stage.drop_model()
+
+        processes.by_first(drop)
 
     def trained_model(self) -> Any:
         """Return the model at the end of the stream; from disk where another process has trained it.
@@ -111,19 +120,18 @@ class CellRun:
 
     # --- stages -----------------------------------------------------------------------------------------------
 
-    def _begin(self, stage: Stage | None) -> Progress:
-        self.model, new = self.setup.read_model(stage.model if stage else None)
-        progress = Progress.from_json(stage.progress()) if stage else self._unmeasured()
-        progress.parameters = int(self.model.num_parameters())
-        progress.new_parameters = progress.new_parameters or new  # a stage on disk has weights for all of them
-        self.method = self.setup.build_method(self.cell.method, progress.new_parameters)
-        if stage is not None:
-            self.method.load_state_dict(stage.memory())
-            return progress
-        self._score(0, progress)
-        self._keep(0, progress)
-        self.tell(self._line(0, progress))
-        return progress
+    def _begin(self, stage: Stage | None, progress: Progress) -> None:
+        with processes.agreed():
+            self.model, new = self.setup.read_model(stage.model if stage else None)
+            progress.parameters = int(self.model.num_parameters())
+            progress.new_parameters = progress.new_parameters or new  # a stage on disk has weights for all of them
+            self.method = self.setup.build_method(self.cell.method, progress.new_parameters)
+            if stage is not None:
+                self.method.load_state_dict(stage.memory())
+        if stage is None:
+            self._score(0, progress)
+            self._keep(0, progress)
+            self.tell(self._line(0, progress))
 
     def _unmeasured(self) -> Progress:
         return Progress.empty([task.name for task in self.tasks], [one.name for one in self.setup.held_out])
@@ -146,11 +154,26 @@ class CellRun:
 
     def _remove_tasks(self, but: Path | None = None) -> None:
         """Remove the checkpoints of tasks; what they served to go on with is in a stage, or of no use."""
-        for folder in self.folder.glob("task-*"):
-            if folder != but:
-                shutil.rmtree(folder)
+
+        def remove() -> None:
+            for folder in self.folder.glob("task-*"):
+                if folder != but:
+                    shutil.rmtree(folder)
+
+        processes.by_first(remove)
 
     def _learn(self, index: int, progress: Progress) -> None:
+        with processes.agreed():
+            begun = self._begin_task(index, progress)
+        if begun is not None:
+            data, arguments, resume = begun
+            self._fit(data, arguments, progress, resume)
+            with processes.agreed():
+                self._close_task(data, progress)
+            self._agree_on_memory()
+
+    def _begin_task(self, index: int, progress: Progress) -> tuple[TaskData, TrainingArguments, Path | None] | None:
+        """Prepare model and method and return what to train with; None: the method learns this task later."""
         task, method = self.tasks[index], self.method
         rows = self._train_rows(task)
         arguments = self._arguments(task, self._task_folder(index))
@@ -162,18 +185,17 @@ class CellRun:
         if not method.learns(data):
             progress.waiting_steps += steps
             progress.carried_bytes.append(0)
-            return
+            return None
         if method.restarts and index:
             self.model, _ = self.setup.read_model()
         set_seed(self.cell.seed)  # whatever came before, a stage is the same when it is gone on with
         self.model.eval()  # as a model comes from disk
-        resume = newest_complete(self._task_folder(index), warn)
+        resume = newest_complete(self._task_folder(index), _warn)
         method.kept = kept_bases(resume)
         method.begin_task(self.model, data)
         arguments.max_steps = steps + progress.waiting_steps
         progress.waiting_steps = 0
-        self._fit(data, arguments, progress, resume)
-        self._close_task(data, progress)
+        return data, arguments, resume
 
     def _fit(self, data: TaskData, arguments: TrainingArguments, progress: Progress, resume: Path | None) -> None:
         rows = self.method.training_data(data)
@@ -186,10 +208,13 @@ class CellRun:
         except Interrupted as stopped:
             hint = f"what is done is kept, also of task {data.name}; the same command goes on"
             raise Interrupted(stopped.signum, stopped.checkpoint, hint=hint) from None
-        except Diverged as error:
+        except (Diverged, processes.Elsewhere) as error:  # in all processes, or they would wait for this one
+            what = next(filter(None, processes.gathered(error.what if isinstance(error, Diverged) else "")), None)
+            if what is None:
+                raise
             where = f"{self.setup.settings[self.cell.method].title}, seed {self.cell.seed}, task {data.name}"
             raise Diverged(
-                f"{where}: {error.what}", f"lower its learning rate ({self.cell.learning_rate:g}) or look at the rows"
+                f"{where}: {what}", f"lower its learning rate ({self.cell.learning_rate:g}) or look at the rows"
             ) from error
         progress.notices += [{"task": data.name, **row} for row in log if "notice" in row]
         progress.cost.steps += int(last["step"])
@@ -205,6 +230,12 @@ class CellRun:
         progress.plan = method.plan.records() if audit and method.plan is not None else []
         method.end_task(self.model, data)
         progress.carried_bytes.append(size_of(method.state_dict()))
+
+    def _agree_on_memory(self) -> None:
+        """Let all processes go on with what the first remembers: computed by each it could differ in its last bits."""
+        memory = processes.of_first(self.method.state_dict())
+        if not processes.first():
+            self.method.load_state_dict(memory)
 
     # --- scores -----------------------------------------------------------------------------------------------
 
@@ -239,7 +270,8 @@ class CellRun:
     def _scores(self, column: Column) -> TaskScores:
         size, tokenizer = self._arguments().per_device_eval_batch_size, self.setup.tokenizer
         if isinstance(column, FromHarness):
-            return TaskScores([column.score(self.model, tokenizer, size)], [])
+            (score,) = processes.together([column], lambda one: one.score(self.model, tokenizer, size))
+            return TaskScores([score], [])
         scored = column if isinstance(column, Scored) else column.scored
         longest = self.setup.config.max_new_tokens
         return score_task(

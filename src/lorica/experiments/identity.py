@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lorica import processes
 from lorica.experiments.abilities import FromFile
 from lorica.experiments.arguments import KEEPING
 from lorica.experiments.setup import Setup
@@ -47,6 +48,7 @@ def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
     whole: dict[str, Any] = redacted(
         asdict(cell)
         | {name: getattr(setup.config, name) for name in FIELDS}
+        | {"number of processes": processes.size()}
         | {"sha256 of the model": setup.weights_sha256, "classes": setup.labels}
         | {"rows drawn by seed": setup.config.seeds[0], "tasks": [task.model_dump() for task in tasks]}
         | {"stream": setup.stream.name, "version": setup.stream.version, "training": _that_count(setup.training)}

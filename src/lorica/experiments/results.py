@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorica import processes
 from lorica.bootstrap import interval
 from lorica.errors import LoricaError
 from lorica.evaluation.metrics import majority_floor, recall_per_label
@@ -46,6 +47,7 @@ def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> 
         "model_kind": setup.kind,
         "model_parameters": progress.parameters,
         "learning_rate": cell.learning_rate,
+        "processes": processes.size(),
         "sweep": selection.to_json() if selection else None,
         **matrix.to_json(),
         "retention": progress.retention,

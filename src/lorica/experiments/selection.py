@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lorica import processes
 from lorica.errors import LoricaError
 from lorica.experiments.cell import CellRun
 from lorica.experiments.clock import Clock
@@ -67,13 +68,14 @@ def select(setup: Setup, method: str, folder: Path, tell: Callable[[str], None],
     by: str = config.select_by
     if all(one[by] is None for one in figures.values()):
         by = "average_accuracy"  # joint learns all tasks at the end, and none right after it came
-    try:
-        chosen = choose_rate({rate: one[by] for rate, one in figures.items()}, by)
-    except LoricaError as error:
-        raise LoricaError(f"method {method!r}: {error}") from error
+    with processes.agreed():
+        try:
+            chosen = choose_rate({rate: one[by] for rate, one in figures.items()}, by)
+        except LoricaError as error:
+            raise LoricaError(f"method {method!r}: {error}") from error
     at_edge = len(figures) > 1 and chosen in (min(figures), max(figures))
     result = Selection(chosen, by, {f"{rate:g}": one for rate, one in figures.items()}, at_edge)
-    write_json(folder / SWEEP, result.to_json())
+    processes.by_first(lambda: write_json(folder / SWEEP, result.to_json()))
     return result
 
 

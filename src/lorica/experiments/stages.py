@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lorica import processes
 from lorica.errors import LoricaError
 from lorica.files import LEFTOVER, CannotWrite, free_bytes, make_folder, remove_folder, sync_folder, writing
 from lorica.json_file import load_json
@@ -95,7 +96,7 @@ def last_stage(cell: Path) -> Stage | None:
 
 
 def write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
-    """Write a stage, whole or not at all, then remove the one before it.
+    """Write a stage, whole or not at all, then remove the one before it; of several processes the first does.
 
     Args:
         model: None where the next task starts from the model that came in.
@@ -103,6 +104,10 @@ def write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor
     Raises:
         CannotWrite: there is no room for it; the stage before is then still there.
     """
+    processes.by_first(lambda: _write_stage(cell, number, model, memory, progress))
+
+
+def _write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
     aside, place = cell / ".stage", cell / f"stage-{number}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -125,14 +130,18 @@ def write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor
 
 
 def write_scores(cell: Path, number: int, progress: dict[str, Any]) -> None:
-    """Add to a stage what was measured of it.
+    """Add to a stage what was measured of it; of several processes the first does.
 
     Raises:
         CannotWrite: there is no room for it.
     """
     stage = cell / f"stage-{number}"
-    write_json(stage / SCORED, progress)
-    add_to_manifest(stage, SCORED)
+
+    def write() -> None:
+        write_json(stage / SCORED, progress)
+        add_to_manifest(stage, SCORED)
+
+    processes.by_first(write)
 
 
 def check_room(output_dir: Path, model: Path, kept: int) -> None:

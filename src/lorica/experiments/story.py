@@ -9,11 +9,13 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from lorica import processes
 from lorica.data.stream import TaskStream
 from lorica.experiments.cell import CellRun
 from lorica.experiments.clock import Clock
 from lorica.experiments.config import RunConfig, build_run_config
 from lorica.experiments.identity import Cell
+from lorica.experiments.progress import Progress
 from lorica.experiments.results import PREDICTIONS, RUN, read_run, record_of, write_predictions
 from lorica.experiments.selection import Selection, select
 from lorica.experiments.setup import Setup
@@ -37,6 +39,8 @@ def run(
     is scored on every task after every task. Each (method, order, seed) is a cell; each of its tasks goes to disk
     when it is done. A run that was stopped goes on there when it is called again with the same settings.
 
+    Several processes train each task together, and share out what is scored; the first one speaks and writes.
+
     Args:
         config: see ``RunConfig``; or its fields, and any of TrainingArguments', by name.
         say: takes each line of what is told along the way.
@@ -51,14 +55,21 @@ def run(
         Interrupted: a signal came; the finished tasks are kept.
     """
     settings = config if isinstance(config, RunConfig) else build_run_config(dict(config))
-    return Run(Setup(settings, stream), say).run()
+    with processes.working_together():
+        with processes.agreed():
+            made = Run(Setup(settings, stream), say)
+        return made.run()
+
+
+def _silent(line: str) -> None:
+    """Say nothing: the first of several processes does."""
 
 
 class Run:
     """All cells of a run, one after the other."""
 
     def __init__(self, setup: Setup, say: Say) -> None:
-        self.setup, self.say = setup, cleaned(say)
+        self.setup, self.say = setup, cleaned(say) if processes.first() else _silent
         self.output_dir = Path(setup.config.output_dir)
         check_no_links(self.output_dir)
         self.cells = [(order, seed) for order in setup.orders for seed in setup.config.seeds]
@@ -72,7 +83,8 @@ class Run:
         for line in self.setup.describe():
             self.say(line)
         models = len(self.setup.settings) * len(self.cells) if self.setup.config.save_models else 0
-        check_room(self.output_dir, Path(self.setup.config.model_name_or_path).expanduser(), models)
+        source = Path(self.setup.config.model_name_or_path).expanduser()
+        processes.by_first(lambda: check_room(self.output_dir, source, models))
         # A bar and a notice for each model that is loaded would hide the scores.
         with quiet_transformers(), telling_the_way_on(self.output_dir, "lorica run"):
             return [record for method in self.setup.settings for record in self._method(method)]
@@ -94,11 +106,19 @@ class Run:
     def _cell(
         self, method: str, folder: Path, order: str | None, seed: int, selection: Selection | None
     ) -> dict[str, Any]:
-        config = self.setup.config
-        rate = selection.learning_rate if selection else self.setup.rate(method)
+        with processes.agreed():
+            rate = selection.learning_rate if selection else self.setup.rate(method)
         own = folder if len(self.cells) == 1 else folder / cell_name(order, seed)
         cell = CellRun(self.setup, Cell(method, order, seed, rate), own / "cell", self._tell, self.clock)
         progress = cell.run()
+        processes.by_first(lambda: self._leave(cell, progress, own, selection))
+        cell.drop_model()
+        with processes.agreed():
+            return read_run(own / RUN)
+
+    def _leave(self, cell: CellRun, progress: Progress, own: Path, selection: Selection | None) -> None:
+        """Write what a finished cell leaves, unless it is there."""
+        config = self.setup.config
         if cell.model is not None or not (own / RUN).exists():  # trained here, or not written by who trained it
             if config.save_models and (model := cell.trained_model()) is not None:
                 save_model(model, self.setup.tokenizer, own / "model")
@@ -107,8 +127,6 @@ class Run:
             write_record(own / RUN, record_of(cell, progress, selection) | {"files": listing(own, left)})
         if config.save_models and not (own / "model").is_dir():
             self.say(f"notice: {own} was finished without --save_models; remove it to train that model again")
-        cell.drop_model()
-        return read_run(own / RUN)
 
     def _tell(self, line: str) -> None:
         self.say(f"{line}   {self.clock.tick()}")

@@ -50,7 +50,7 @@ _UPLOAD = (
 _TOKEN = "a token would end up in files and in the list of processes; set the environment variable HF_TOKEN instead"
 
 _WHOLE = (
-    "lorica train keeps a copy of the model in every process; a script of your own can train a sharded one, see "
+    "Lorica's commands keep a copy of the model in every process; a script of your own can train a sharded one, see "
     "docs/distributed.md"
 )
 
@@ -58,6 +58,7 @@ REFUSED = {
     "fsdp": _WHOLE,
     "fsdp_config": _WHOLE,
     "deepspeed": _WHOLE,
+    "ddp_timeout": "the processes have met before it is read; they wait for each other for six hours",
     "hub_token": _TOKEN,
     "push_to_hub_token": _TOKEN,
     "token": _TOKEN,
@@ -254,13 +255,26 @@ def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
             f"{arguments.save_steps:g} would be there, and the best may be none of them; give --save_steps "
             f"{arguments.eval_steps:g}, or --save_strategy best"
         )
+    if processes.size() > 1:
+        _check_shares(arguments)
     metric = arguments.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") != "loss":
         raise LoricaError(f"--metric_for_best_model {metric}: while training only the loss is scored; give loss")
     if arguments.n_gpu > 1:
         raise LoricaError(
             f"{arguments.n_gpu} GPUs for one process: start one for each, torchrun --nproc_per_node {arguments.n_gpu} "
-            "-m lorica train ..., or set CUDA_VISIBLE_DEVICES to one of them"
+            "-m lorica ..., or set CUDA_VISIBLE_DEVICES to one of them"
+        )
+
+
+def _check_shares(arguments: TrainingArguments) -> None:
+    """Refuse ways to share the rows out that would leave processes with other numbers of batches, or the same rows."""
+    sharing: Any = arguments.accelerator_config
+    if not sharing.even_batches or sharing.dispatch_batches or sharing.split_batches:
+        raise LoricaError("--accelerator_config: even_batches, dispatch_batches and split_batches stay as they are")
+    if arguments.train_sampling_strategy == "group_by_length":
+        raise LoricaError(
+            "--train_sampling_strategy group_by_length: each process would draw an order of its own; leave it out"
         )
 
 

@@ -55,6 +55,8 @@ class SignalCatcher(TrainerCallback):
         for one, earlier in self._before.items():
             signal.signal(one, signal.SIG_DFL if earlier is stop else earlier)
         told = f"\n{signal.Signals(signum).name}: finishing this step, then a checkpoint; once more stops at once\n"
+        if not processes.first():
+            return  # a launcher sends it to all
         with contextlib.suppress(OSError):  # unlike print, this may be in the middle of a print
             os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, told.encode())
 

@@ -150,8 +150,9 @@ class CheckpointKeeper(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        stopping = self.catcher.agreed() is not None
         with processes.agreed():
-            if self.keeps_state or self.catcher.signum is not None:
+            if self.keeps_state or stopping:
                 self._write_state(folder)
         processes.by_first(lambda: self._complete(folder, state.best_model_checkpoint))
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 
 from lorica import processes
+from lorica.constrain.protect import bases_of
 from lorica.data.dataset import EncodedDataset
 from lorica.data.example import IGNORED_LABEL
 from lorica.data.parts import in_parts, told_of_memory
@@ -51,6 +52,7 @@ class MethodMixin:
             check_method(method)
         self.method, self.rows, self.in_backward = method, rows, optimizer_in_backward
         self.stepper: StepInBackward | None = None
+        self._scoring = False
         super().__init__(train_dataset=Numbered(rows), data_collator=NumberedCollate(collate), **kwargs)  # type: ignore[call-arg]
         assert not self.args.remove_unused_columns, "the rows' numbers would be removed"
         self.max_grad_norm = self.args.max_grad_norm
@@ -109,6 +111,8 @@ class MethodMixin:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the model and the tokenizer; the Trainer's own would add a pickle, which can hold a token."""
+        if not self.args.should_save:
+            return
         folder = self.args.output_dir if output_dir is None else output_dir
         with without_bars():
             self.model.save_pretrained(folder, state_dict=state_dict)
@@ -129,16 +133,24 @@ class MethodMixin:
         """Return the loss of a batch; in parts where memory runs out, each weighted by what it trains."""
         assert prediction_loss_only
         one_pass = super().prediction_step  # type: ignore[misc]
+        self._scoring = True
 
         def shares(rows: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
             part = {name: value[rows[0] : rows[-1] + 1] for name, value in inputs.items()}
             return [(one_pass(model, part, True, *args, **kwargs)[0], self._trained(part["labels"]))]
 
-        parts = in_parts(shares, range(len(inputs["labels"])))
+        try:
+            parts = in_parts(shares, range(len(inputs["labels"])))
+        finally:
+            self._scoring = False
         if len(parts) == 1:
             return parts[0][0], None, None
         counts = torch.stack([count for _, count in parts])
         return sum(loss * count for loss, count in parts) / counts.sum(), None, None
+
+    def _get_num_items_in_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # In scoring a batch's loss is its own mean, and one that is run in halves is not counted with other processes.
+        return None if self._scoring else super()._get_num_items_in_batch(*args, **kwargs)  # type: ignore[misc]
 
     def get_batch_samples(self: Any, *args: Any, **kwargs: Any) -> Any:
         batches, num_items_in_batch = super().get_batch_samples(*args, **kwargs)  # type: ignore[misc]
@@ -187,7 +199,7 @@ class MethodMixin:
     def _get_grad_norm(self: Any, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)  # type: ignore[misc]
         if self.accelerator.scaler is None and not math.isfinite(norm):  # else the scaler skips the step
-            raise self._diverged(f"the norm of the gradients is {float(norm)}", self.micro_batches.whole_step)
+            raise self._all_diverged(f"the norm of the gradients is {float(norm)}", self.micro_batches.whole_step)
         return norm
 
     # --- what stops a run -------------------------------------------------------------------------------------
@@ -204,7 +216,7 @@ class MethodMixin:
             raise self._diverged(f"the gradient of {name} holds NaN or inf", self.micro_batches.current)
 
     def _stop_at_weight(self: Any, name: str) -> None:
-        raise self._diverged(f"{name} holds NaN or inf after the optimizer's step,", self.micro_batches.whole_step)
+        raise self._all_diverged(f"{name} holds NaN or inf after the optimizer's step,", self.micro_batches.whole_step)
 
     def _stop_at_scale(self: Any, scale: float, skipped: int) -> None:
         step = self.state.global_step + 1
@@ -225,6 +237,13 @@ class MethodMixin:
             "--unfreeze_rank_ratio, or --optimizer_in_backward true (lorica check tells how much). Nothing of the step "
             "was saved; " + last_good_checkpoint(self.args.output_dir)
         )
+
+    def _all_diverged(self: Any, what: str, numbers: Sequence[int]) -> LoricaError:
+        """Return what all processes raise when they come to the same: the first one tells, of all their rows."""
+        if processes.size() == 1:
+            return self._diverged(what, numbers)
+        every = [number for part in processes.gathered(list(numbers)) for number in part]
+        return self._diverged(what, every) if processes.first() else processes.Elsewhere(what)
 
     def _diverged(
         self: Any, what: str, numbers: Sequence[int], *, advice: str = "Lower --learning_rate", before: float = math.inf
@@ -248,6 +267,21 @@ class MethodTrainer(MethodMixin, Trainer):
 
 class MethodSeq2SeqTrainer(MethodMixin, Seq2SeqTrainer):
     """``Seq2SeqTrainer`` with a method."""
+
+
+def _check_same_bases(model: nn.Module) -> None:
+    """Raise where processes have split the same weights otherwise: their cores would stand for other directions."""
+    if processes.size() == 1:
+        return
+    with torch.no_grad():
+        own = {name: float(tensor.sum(dtype=torch.float64)) for name, tensor in bases_of(model).items()}
+    for other in processes.gathered(own):
+        for name, value in own.items():
+            if not math.isclose(value, other[name], rel_tol=1e-4, abs_tol=1e-3):
+                raise LoricaError(
+                    f"{name}: the processes have made different bases of the same weight, as other hardware or "
+                    "libraries can; let LORICA_CACHE name a folder that all of them see, and start one before the rest"
+                )
 
 
 def fit(
@@ -281,6 +315,7 @@ def fit(
         Diverged: the loss, a gradient or a weight became NaN or infinite.
         LoricaError: the method or the optimizer cannot step in the backward pass; or a row does not fit into memory.
     """
+    _check_same_bases(model)
     kind = MethodSeq2SeqTrainer if model.config.is_encoder_decoder else MethodTrainer
     with (
         SignalCatcher() as catcher,
