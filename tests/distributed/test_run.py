@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -63,15 +62,6 @@ BITWISE = (*LASTING, "leakage")
 
 Record = dict[str, Any]
 Outcome = tuple[list[str], str, list[Record]]
-
-
-@pytest.fixture
-def model_folder(llama_folder: Path, tmp_path: Path) -> Path:
-    """A model without dropout, of which each process would draw its own."""
-    shutil.copytree(llama_folder, tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    config.write_text(config.read_text().replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
-    return tmp_path / "model"
 
 
 @pytest.fixture

@@ -29,15 +29,6 @@ STEPS = 6
 
 
 @pytest.fixture
-def model_folder(llama_folder: Path, tmp_path: Path) -> Path:
-    """A model without dropout, of which each process would draw its own."""
-    shutil.copytree(llama_folder, tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    config.write_text(config.read_text().replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def rows(tmp_path: Path) -> Path:
     """Rows of several lengths, so that processes have different numbers of tokens."""
     told = [{"prompt": f"{'very ' * (i % 4)}long {i}:", "completion": f" {'x' * (i % 7)} {i % 3}"} for i in range(50)]

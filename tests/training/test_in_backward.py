@@ -25,8 +25,9 @@ from lorica.data.collate import Collator
 from lorica.errors import LoricaError
 from lorica.methods import METHODS
 from lorica.training.arguments import training_arguments
+from lorica.training.guards import Diverged
 from lorica.training.in_backward import StepInBackward, check_embeddings, check_in_backward
-from lorica.training.trainer import Diverged, fit
+from lorica.training.trainer import fit
 from lorica.update import train as update
 from tests.builders import BatchRows, batch, matrix, plan_for, protected_tiny, task_of, tiny, trainable, weights
 from tests.training.conftest import byte_tokenizer

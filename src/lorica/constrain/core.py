@@ -61,16 +61,11 @@ def forget(layer: SubspaceLayer) -> None:
     _every_layer.pop(id(layer), None)
 
 
-def every_layer() -> list[SubspaceLayer]:
-    """Return all protected layers of this process."""
-    return list(_every_layer.values())
-
-
 def layers_of(optimizer: Optimizer) -> list[SubspaceLayer]:
     """Return the layers whose cores an optimizer holds, in its order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(isinstance(parameter, DTensor) and _layer_of(parameter) is None for parameter in parameters):
-        for layer in every_layer():  # FSDP2 has put parameters of its own in the place of the cores
+        for layer in list(_every_layer.values()):  # FSDP2 has put parameters of its own in the place of the cores
             register(layer)
     return [layer for layer in map(_layer_of, parameters) if layer is not None]
 
