@@ -20,7 +20,7 @@ from lorica.methods import METHODS
 from lorica.record import redacted
 
 RECORD = "lorica.json"
-MEMORY = Path("memory") / "memory.safetensors"
+MEMORY = Path("memory") / "lorica-memory.safetensors"
 """In a folder of its own: loaders of plain models read every safetensors file at the top."""
 
 CANDIDATE, REJECTED = "candidate", "rejected"

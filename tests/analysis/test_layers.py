@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lorica.analysis.layers import describe_layer, energy_shares, squared_share
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import InputStatistics
+from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.linalg import spectrum_points
+from lorica.subspace.observe import InputStatistics
 from lorica.subspace.plan import PlanEntry
 from tests.builders import matrix, top_directions
 
@@ -70,7 +71,9 @@ def test_a_layer_is_described_by_the_directions_of_its_plan(source: str) -> None
     moment = x.T @ x
     constraint = "two-sided" if source == "weight" else "input"
     entry = PlanEntry(name="layer", shape=(6, 9), k=3, source=source, constraint=constraint)
-    found = describe_layer(weight, entry, InputStatistics(moment, cosine=15.0, rows=30))
+    found = describe_layer(
+        weight, entry, InputStatistics(moment, cosine=15.0, rows=30), Factors(inputs=Factor.of(moment))
+    )
     v = top_directions(weight, 3)[1] if source == "weight" else torch.linalg.eigh(moment).eigenvectors[:, -3:]
     sigma = torch.linalg.svdvals(weight.double())
     p = sigma / sigma.sum()

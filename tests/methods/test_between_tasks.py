@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,7 @@ def test_the_memory_does_not_grow() -> None:
     [
         {"protect_learned": 0.25},
         {"protect_learned": 0.25, "constraint": "block"},
-        {"protect_learned": 0.25, "remember_inputs": True, "source": "hybrid", "calibration": "random"},
+        {"protect_learned": 0.25, "remember_tasks": True, "source": "hybrid", "calibration": "random"},
     ],
     ids=str,
 )
@@ -206,14 +207,23 @@ def test_a_new_object_goes_on_bit_for_bit(options: dict[str, Any]) -> None:
 
 def seen_by(model: nn.Module, name: str, index: int, rows: int) -> Tensor:
     """Return the second moment, of trace 1, of what one layer sees of a task's rows."""
+    moment = second_moment(model, name, task_of(model, index).batches(rows))
+    return moment / moment.trace()
+
+
+def second_moment(model: nn.Module, name: str, batches: Iterable[Any]) -> Tensor:
     caught: list[Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda _, inputs, __: caught.append(inputs[0]))
     with torch.no_grad():
-        for inputs in task_of(model, index).batches(rows):
+        for inputs in batches:
             model(**inputs)
     handle.remove()
     x = torch.cat([one.reshape(-1, one.shape[-1]) for one in caught]).double()
-    return x.T @ x / x.square().sum()
+    return x.T @ x
+
+
+def top_eigenvectors(symmetric: Tensor, k: int) -> Tensor:
+    return torch.linalg.eigh(symmetric).eigenvectors.flip(1)[:, :k]
 
 
 @pytest.mark.parametrize("source", ["activation", "hybrid"])
@@ -221,24 +231,23 @@ def test_the_inputs_of_finished_tasks_count_in_the_next(source: Any) -> None:
     model, name = tiny("llama"), "model.layers.1.mlp.down_proj"
     calibration = [batch(model, 77)]
     method = osft(
-        source=source, unfreeze_rank_ratio=0.5, calibration=calibration, remember_inputs=True, remember_rows=5
-    )
+        source=source, unfreeze_rank_ratio=0.5, calibration=calibration, remember_tasks=True, remember_rows=5,
+        remember_size=4.0,
+    )  # fmt: skip
     past = torch.zeros(48, 48, dtype=torch.float64)
     for index in range(2):
         learn(method, model, index)
         past += seen_by(model, name, index, rows=5)
-        kept = method.state_dict()[f"inputs.{name}"]
-        torch.testing.assert_close(kept.double(), past, atol=1e-6, rtol=0)
-        assert kept.dtype == torch.float32
-    bare = lorica.plan(model, 0.5, source=source, calibration=calibration)
-    measured = bare.moment(name)
-    assert measured is not None
+        kept = method.tasks.factors[name].inputs
+        assert kept is not None
+        assert kept.trace == pytest.approx(index + 1)
+        torch.testing.assert_close(kept.matrix(), past, atol=2e-3 * float(past.norm()), rtol=0)  # kept as float16
+    measured = second_moment(model, name, calibration)
     change = begin_and_train(method, model, 2)[name]
-    v = torch.linalg.eigh(measured / measured.trace() + past).eigenvectors.flip(1)[
-        :, : 24 if source == "activation" else 12
-    ]
+    k = 24 if source == "activation" else 12
+    v = top_eigenvectors(measured / measured.trace() + kept.matrix(), k)
     assert (change @ v).norm() <= 1e-5 * change.norm()
-    without = torch.linalg.eigh(measured).eigenvectors.flip(1)[:, : v.shape[1]]
+    without = top_eigenvectors(measured, k)
     assert (change @ without).norm() > 1e-2 * change.norm(), "the past changed nothing"
     assert method.audit(model).holds
 
@@ -251,9 +260,10 @@ def test_hybrid_keeps_the_outputs_of_its_principal_inputs(constraint: Any) -> No
     changes = begin_and_train(method, model, 0)
     assert method.plan is not None
     for name, change in changes.items():
-        moment = method.plan.moment(name)
-        assert moment is not None
-        v = torch.linalg.svd(moment)[0][:, :6]
+        factors = method.plan.factors(name)
+        assert factors is not None
+        assert factors.inputs is not None
+        v = factors.inputs.vectors_DR[:, :6]
         u, w = top_directions(before[name], 6)
         assert max(leaks(change, u, torch.cat([v, w], 1), constraint)) <= 1e-5
     assert method.audit(model).holds
@@ -269,9 +279,12 @@ def test_osft_calibrates_by_itself(name: str, choice: str) -> None:
     expected = lorica.plan(model, 0.5, source="activation", calibration=choice)
     assert method.plan is not None
     for entry in expected.entries:
-        moments = [plan.moment(entry.name) for plan in (method.plan, expected)]
-        assert moments[0] is not None
-        assert torch.equal(*moments)
+        own, other = (plan.factors(entry.name) for plan in (method.plan, expected))
+        assert own is not None
+        assert other is not None
+        assert own.inputs is not None
+        assert other.inputs is not None
+        assert own.inputs.same_as(other.inputs)
 
 
 def test_the_protected_share_follows_the_schedule() -> None:
@@ -290,8 +303,8 @@ def test_the_protected_share_follows_the_schedule() -> None:
     [
         ({"protect_learned": 1.5}, "protect_learned = 1.5 is out of range"),
         ({"protect_learned": float("nan")}, "protect_learned = nan is out of range"),
-        ({"remember_inputs": True}, "remember_inputs has no effect with source 'weight'"),
-        ({"remember_rows": 3}, "remember_rows has no effect without remember_inputs"),
+        ({"remember_tasks": True}, "remember_tasks has no effect with source 'weight'"),
+        ({"remember_rows": 3}, "remember_rows has no effect without remember_tasks"),
         ({"remember_rows": 0}, "remember_rows = 0 is out of range"),
         ({"rank_schedule": []}, "rank_schedule holds nothing"),
         ({"rank_schedule": [0.5, 1.1]}, r"rank_schedule holds 1\.1"),
@@ -313,17 +326,17 @@ def test_options_that_do_not_fit_are_refused(options: dict[str, Any], message: s
 
 def test_what_was_remembered_is_not_dropped_in_silence() -> None:
     model = tiny("llama")
-    method = osft(source="activation", calibration="random", protect_learned=0.25, remember_inputs=True)
+    method = osft(source="activation", calibration="random", protect_learned=0.25, remember_tasks=True)
     learn(method, model, 0)
     state = method.state_dict()
     measured = {"source": "activation", "calibration": "random"}
     with pytest.raises(LoricaError, match="set protect_learned, or 0 to give it up"):
-        osft(**measured, remember_inputs=True).load_state_dict(state)
-    with pytest.raises(LoricaError, match="set remember_inputs"):
+        osft(**measured, remember_tasks=True).load_state_dict(state)
+    with pytest.raises(LoricaError, match="set remember_tasks"):
         osft(**measured, protect_learned=0.25).load_state_dict(state)
-    given_up = osft(**measured, remember_inputs=True, protect_learned=0)
+    given_up = osft(**measured, remember_tasks=True, protect_learned=0)
     given_up.load_state_dict(state)
-    assert {key.split(".")[0] for key in given_up.state_dict()} == {"inputs"}
+    assert {key.split(".")[0] for key in given_up.state_dict()} == {"tasks"}
 
 
 def test_a_given_plan_is_used_in_every_task_and_left_alone() -> None:
@@ -338,8 +351,8 @@ def test_a_given_plan_is_used_in_every_task_and_left_alone() -> None:
     assert method.plan is not None
     assert all(entry.learned[1] for entry in method.plan.entries)
     assert plan == original
-    with pytest.raises(LoricaError, match="remember_inputs has no effect beside a plan"):
-        OSFT(Protection(plan=plan, source="activation", remember_inputs=True))
+    with pytest.raises(LoricaError, match="remember_tasks has no effect beside a plan"):
+        OSFT(Protection(plan=plan, source="activation", remember_tasks=True))
 
 
 def test_folders_alone_do_not_hold_what_was_learned(tmp_path: Path) -> None:

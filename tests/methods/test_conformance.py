@@ -33,6 +33,7 @@ from lorica.methods import METHODS, Method, Targets, TaskData
 from lorica.training.arguments import training_arguments
 from lorica.training.trainer import fit
 from tests.builders import BatchRows, task_of, tiny
+from tests.methods.little_text import little_text  # noqa: F401
 
 TASKS, STEPS = 3, 2
 FAMILIES = ("llama", "gpt2", "t5", "bert-classifier")
@@ -53,12 +54,22 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "osft-remembering": (
         "osft",
         {"unfreeze_rank_ratio": 0.5, "source": "activation", "calibration": "random", "protect_learned": 0.25,
-         "remember_inputs": True, "remember_rows": 4},
+         "remember_tasks": True, "remember_rows": 4},
     ),
     "osft-hybrid": (
         "osft",
         {"source": "hybrid", "constraint": "two-sided", "calibration": "random", "rank_schedule": [0.3, 0.5]},
     ),
+    "osft-curvature": (
+        "osft",
+        {"unfreeze_rank_ratio": 0.5, "source": "curvature", "calibration": "random", "protect_learned": 0.25,
+         "remember_tasks": True, "remember_rows": 4, "remember_size": 0.25},
+    ),
+    "osft-curvature-block": (
+        "osft",
+        {"unfreeze_rank_ratio": 0.5, "source": "curvature", "constraint": "block", "calibration": "random"},
+    ),
+    "osft-rehearsing": ("osft", {"unfreeze_rank_ratio": 0.5, "rehearse": 1.0}),
     "osft-gradient-flat": ("osft-gradient", {"form": "flat", "k": 2, "refresh": 1}),
     "osft-gradient-delta": ("osft-gradient", {"snapshot": "delta", "constraint": "two-sided", "k": 2}),
     "sgp-step": ("sgp", SMALL["sgp"] | {"scaled": "step"}),

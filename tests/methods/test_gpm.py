@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS
-from lorica.methods.gpm import GPM, new_directions, within_memory
+from lorica.methods.gpm import GPM, new_directions
+from lorica.subspace.observe import within_memory
 from tests.builders import BatchRows, matrix, task_of, tiny
 from tests.methods.learning import (
     adamw,
@@ -172,8 +173,8 @@ def test_the_plan_tells_how_many_directions_are_held() -> None:
 def test_looking_at_few_layers_at_a_time_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, whole, parts = tiny("llama"), gpm(), gpm()
     learn(whole, model, steps=0)
-    monkeypatch.setattr("lorica.methods.gpm.MOMENT_BYTES", 3 * 8 * 32**2)
-    groups = [list(group) for group in within_memory({str(i): nn.Linear(n, 2) for i, n in enumerate((32, 32, 48, 8))})]
+    monkeypatch.setattr("lorica.subspace.observe.MOMENT_BYTES", 3 * 8 * 32**2)
+    groups = list(within_memory({str(i): 8 * n**2 for i, n in enumerate((32, 32, 48, 8))}))
     assert groups == [["0", "1"], ["2", "3"]]
     learn(parts, model, steps=0)
     assert all(torch.equal(whole.bases[name], basis) for name, basis in parts.bases.items())

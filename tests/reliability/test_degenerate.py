@@ -198,7 +198,7 @@ def calibration(model: Chain) -> list[dict[str, Tensor]]:
 def test_so_are_directions_of_the_inputs(name: str, source: Any, dtype: torch.dtype, memory: str) -> None:
     model = Chain(WEIGHTS[name](8, 10), dtype)
     plan = lorica.plan(model, 0.5, source=source, calibration=calibration(model))
-    moments = {entry.name: plan.moment(entry.name) for entry in plan.entries}
+    inputs = {entry.name: plan.factors(entry.name).inputs for entry in plan.entries}
     before = {entry.name: model.get_submodule(entry.name).weight.detach().clone() for entry in plan.entries}
     lorica.protect(model, plan, memory=memory)
     size = max(1.0, float(before["layers.1"].abs().max()))
@@ -208,16 +208,14 @@ def test_so_are_directions_of_the_inputs(name: str, source: Any, dtype: torch.dt
         optimizer.step()
         optimizer.zero_grad()
     for entry in plan.entries:
-        layer, moment = protected_layers(model)[entry.name], moments[entry.name]
-        assert moment is not None
+        layer, factor = protected_layers(model)[entry.name], inputs[entry.name]
         _, q_v = free_bases(layer)
         d = layer.delta().double()
         torch.testing.assert_close(q_v.T @ q_v, torch.eye(q_v.shape[1], dtype=torch.float64), rtol=0, atol=2e-6)
         assert (d - (d @ q_v) @ q_v.T).norm() <= 1e-5 * d.norm()
         if source == "activation":
-            energies, vectors = torch.linalg.eigh(moment / moment.abs().max().clamp_min(1e-300))
-            rank = determined(energies.flip(0), entry.k)
-            assert (d @ vectors.flip(1)[:, :rank]).norm() <= 1e-5 * d.norm()
+            rank = determined(factor.energies_R, entry.k)
+            assert (d @ factor.vectors_DR[:, :rank].double()).norm() <= 1e-5 * d.norm()
 
 
 # --- what is refused -----------------------------------------------------------------------------------------------
@@ -254,10 +252,8 @@ def test_a_model_that_computes_no_numbers_is_not_calibrated(calibration: str, gi
 def test_inputs_that_overflow_name_the_layer_that_gets_them() -> None:
     model = Chain(scaled(1e38)(8, 10), torch.float32)
     model.layers[2].weight.data.mul_(1e5)
-    plan = lorica.plan(model, 0.5, source="activation", calibration=[{"x": 1e5 * matrix(20, 5)}])
     with pytest.raises(LoricaError, match=r"^layers\.2: the calibration inputs reach it as NaN or inf"):
-        lorica.protect(model, plan)
-    assert not protected_layers(model)
+        lorica.plan(model, 0.5, source="activation", calibration=[{"x": 1e5 * matrix(20, 5)}])
 
 
 @pytest.mark.reliability("R17")

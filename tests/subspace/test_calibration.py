@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 import lorica
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import observe, own_text, random_tokens
+from lorica.subspace.calibration import own_text, random_tokens
+from lorica.subspace.factor import Factor, Factors
+from lorica.subspace.observe import observe
 from lorica.subspace.plan import PlanEntry
 from lorica.subspace.sources import protected_directions
 from tests.builders import batch, matrix, tiny
@@ -70,7 +72,7 @@ def test_random_tokens_are_the_same_every_time_and_in_range() -> None:
 def test_activation_protects_the_principal_inputs() -> None:
     moment = torch.diag(torch.tensor([1.0, 9.0, 4.0, 0.0]))
     entry = PlanEntry(name="w", shape=(3, 4), k=2, source="activation", constraint="input")
-    u, v = protected_directions(matrix(3, 4), entry, moment)
+    u, v = protected_directions(matrix(3, 4), entry, Factors(inputs=Factor.of(moment)))
     assert u.shape == (3, 0)
     torch.testing.assert_close(v @ v.T, torch.diag(torch.tensor([0.0, 1, 1, 0], dtype=torch.float64)))
 
@@ -106,11 +108,13 @@ def test_own_text_is_what_the_model_would_write_up_to_its_end() -> None:
     with torch.no_grad():
         model.lm_head.weight[5] = 0.0  # EOS is likely enough to be met
     state = torch.get_rng_state()
-    batches = own_text(model, sequences=40, length=12, batch_size=16)
+    batches = own_text(model, tokens=300, length=12, batch_size=16)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
-    assert [len(batch["input_ids"]) for batch in batches] == [16, 16, 8]
-    again = own_text(model, sequences=40, length=12, batch_size=16)
+    counts = [int(batch["attention_mask"].sum()) for batch in batches]
+    assert sum(counts) >= 300 > sum(counts[:-1]), "so many tokens were asked for"
+    assert max(counts) < 2 * 16 * 12, "and about so many at a time"
+    again = own_text(model, tokens=300, length=12, batch_size=16)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
     ended = 0
     for part in batches:
@@ -128,8 +132,36 @@ def test_own_text_follows_the_model() -> None:
         model.model.norm.weight.zero_()  # every logit is 0 ...
         model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -1e4))
         model.lm_head.bias[7] = 1e4  # ... but for this one
-    (batch,) = own_text(model, sequences=4, length=6, batch_size=4)
+    (batch,) = own_text(model, tokens=24, length=6, batch_size=4)
     assert (batch["input_ids"][:, 1:] == 7).all()
+
+
+def test_own_text_is_sampled_from_the_model_alone() -> None:
+    """What a generation configuration adds, as those of published models do, is no knowledge of the model."""
+    plain, model = tiny("llama"), tiny("llama")
+    for name, value in {"repetition_penalty": 5.0, "top_k": 1, "suppress_tokens": [3, 4], "min_new_tokens": 9}.items():
+        setattr(model.generation_config, name, value)
+    own, said = model.generation_config, model.generation_config.to_dict()
+    texts, others = (own_text(one, tokens=200, length=10) for one in (plain, model))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(texts, others, strict=True))
+    assert model.generation_config is own
+    assert own.to_dict() == said
+
+
+def test_own_text_ends_at_any_of_the_ends() -> None:
+    model = tiny("llama")
+    model.generation_config.eos_token_id = [5, 6]
+    with torch.no_grad():
+        model.lm_head.weight[5:7] = 0.0
+    texts = own_text(model, tokens=300, length=12)
+    rows = [ids[: int(mask.sum())].tolist() for one in texts for ids, mask in zip(*one.values(), strict=True)]
+    assert {row[-1] for row in rows if len(row) < 12} == {5, 6}
+    assert not any({5, 6} & set(row[1:-1]) for row in rows)
+
+
+def test_a_first_token_outside_of_the_vocabulary_is_none() -> None:
+    with pytest.raises(LoricaError, match="bos_token_id or eos_token_id in its vocabulary"):
+        own_text(tiny("gpt2"))
 
 
 def test_own_text_of_an_encoder_decoder_is_refused() -> None:
@@ -141,6 +173,7 @@ def test_plan_takes_own_text() -> None:
     model = tiny("llama")
     plan = lorica.plan(model, source="activation", calibration="self")
     for entry in plan.entries:
-        moment = plan.moment(entry.name)
-        assert moment is not None
-        assert torch.linalg.eigvalsh(moment).min() > -1e-8 * moment.diagonal().max()
+        factors = plan.factors(entry.name)
+        assert factors is not None
+        assert factors.inputs is not None
+        assert float(factors.inputs.energies_R.min()) > 0

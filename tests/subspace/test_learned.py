@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.learned import LearnedDirections, SeenInputs, top_pairs
+from lorica.subspace.learned import LearnedDirections, top_pairs
 from tests.builders import SHAPES, matrix, top_directions
 
 SIZES = st.integers(1, 9)
@@ -119,15 +119,12 @@ def test_a_lower_share_takes_the_top_of_what_is_there() -> None:
 
 
 def test_what_belongs_to_another_model_is_refused() -> None:
-    learned, seen = LearnedDirections(0.5), SeenInputs()
+    learned = LearnedDirections(0.5)
     learned.add("w", matrix(6, 4))
-    seen.add("w", torch.eye(4))
     with pytest.raises(LoricaError, match=r"w is 4 x 6, .* of 6 x 4: it belongs to another model"):
         learned.directions("w", (4, 6))
     with pytest.raises(LoricaError, match=r"w is 4 x 6"):
         learned.add("w", matrix(4, 6))
-    with pytest.raises(LoricaError, match=r"w has 5 inputs, .* has 4: it belongs to another model"):
-        seen.combined("w", torch.eye(5))
 
 
 def test_a_diverged_task_is_not_remembered() -> None:
@@ -135,13 +132,3 @@ def test_a_diverged_task_is_not_remembered() -> None:
     with pytest.raises(LoricaError, match="w: the trained weight holds NaN or inf"):
         learned.add("w", torch.tensor([[1.0, float("nan")]]))
     assert learned.directions("w", (1, 2)) is None
-
-
-def test_each_task_counts_the_same_however_large_its_inputs_are() -> None:
-    seen = SeenInputs()
-    assert not seen
-    seen.add("w", torch.diag(torch.tensor([300.0, 100.0, 0.0])))
-    seen.add("w", torch.diag(torch.tensor([0.0, 0.0, 1e-6])))
-    combined = seen.combined("w", torch.diag(torch.tensor([0.0, 8.0, 8.0])))
-    torch.testing.assert_close(combined, torch.diag(torch.tensor([0.75, 0.75, 1.5], dtype=torch.float64)))
-    assert torch.equal(seen.combined("other", 2 * torch.eye(2)), torch.eye(2, dtype=torch.float64) / 2)

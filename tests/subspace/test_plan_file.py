@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.errors import LoricaError
+from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.plan import Constraint, Plan, PlanEntry
 
 
@@ -121,13 +122,15 @@ def test_an_older_file_knows_no_learned_directions(tmp_path: Path) -> None:
 def test_what_is_measured_is_attached_to_a_copy() -> None:
     bare = plan()
     pair = torch.eye(6)[:, :5], torch.eye(4)[:, :2]
-    attached = bare.with_measured(moments={"a": torch.eye(4)}, learned={"a": pair, "b": pair})
+    attached = bare.with_measured(
+        factors={"a": Factors(inputs=Factor.of(torch.eye(4)))}, learned={"a": pair, "b": pair}
+    )
     assert [entry.learned for entry in attached.entries] == [(3, 1), (2, 0), (0, 0), (0, 0)]  # a has room for (3, 1)
     assert attached.learned("a") is pair
-    assert attached.moment("a") is not None
-    assert bare.learned("a") is bare.moment("a") is None
+    assert attached.factors("a") is not None
+    assert bare.learned("a") is bare.factors("a") is None
     assert bare == plan()
     again = attached.with_measured(learned={})
-    assert again.moment("a") is not None
+    assert again.factors("a") is not None
     assert again.learned("a") is None
     assert {entry.learned for entry in again.entries} == {(0, 0)}

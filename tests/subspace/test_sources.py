@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorica.errors import LoricaError
+from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.plan import PlanEntry
 from lorica.subspace.sources import directions_and_spectrum, extended, hybrid_inputs, protected_directions
 from lorica.subspace.store import SplitStore
@@ -28,6 +29,10 @@ def moment(n: int, seed: int = 5) -> Tensor:
 def principal(moment_NN: Tensor, k: int) -> Tensor:
     u, _, _ = torch.linalg.svd(moment_NN)
     return u[:, :k]
+
+
+def seen(moment_NN: Tensor) -> Factors:
+    return Factors(inputs=Factor.of(moment_NN))
 
 
 def outside(vectors: Tensor, basis: Tensor) -> float:
@@ -48,7 +53,7 @@ def test_hybrid_holds_half_of_each(shape: tuple[int, int], constraint: Any) -> N
     for k in {0, 1, min(5, limit), limit}:
         entry = PlanEntry(name="w", shape=shape, k=k, source="hybrid", constraint=constraint)
         assert entry.limit == limit
-        u, v = protected_directions(w, entry, a)
+        u, v = protected_directions(w, entry, seen(a))
         assert v.shape == (n, k)
         assert is_orthonormal(v)
         assert outside(principal(a, (k + 1) // 2), v) < 1e-9
@@ -127,18 +132,18 @@ def test_directions_come_from_the_store_where_one_is_given(source: Any, tmp_path
     w = matrix(260, 256)
     a = moment(256)
     entry = PlanEntry(name="layer", shape=(260, 256), k=100, source=source, constraint="two-sided")
-    plain, sigma = directions_and_spectrum(w, entry, a)
+    plain, sigma = directions_and_spectrum(w, entry, seen(a))
     assert not list(tmp_path.iterdir())
     store = SplitStore(tmp_path)
     for _ in range(2):  # computed, then read
-        kept, kept_sigma = directions_and_spectrum(w, entry, a, store=store)
+        kept, kept_sigma = directions_and_spectrum(w, entry, seen(a), store=store)
         assert torch.equal(kept.u_MA, plain.u_MA)
         assert torch.equal(kept.v_NB, plain.v_NB)
         assert sigma is not None
         assert kept_sigma is not None
         assert torch.equal(kept_sigma, sigma)
         assert len(list(tmp_path.iterdir())) == 2  # the split, and what "layer" was
-    assert torch.equal(protected_directions(w, entry, a, store=store).v_NB, plain.v_NB)
+    assert torch.equal(protected_directions(w, entry, seen(a), store=store).v_NB, plain.v_NB)
 
 
 def test_a_weight_that_cannot_be_split_is_named_with_a_store_too(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ from lorica.redaction import cleaned
 from lorica.report.inspection import inspection_part, inspection_text
 from lorica.report.inspection_record import InspectionRecord
 from lorica.report.page import html_report, markdown_report
-from lorica.subspace.calibration import Batch, observe, own_text, random_tokens
+from lorica.subspace.calibration import Batch, own_text, random_tokens
+from lorica.subspace.observe import observe
 from lorica.subspace.plan import MEASURED, Plan
 from lorica.training.models import pinned, position_limit, read_model, read_model_config, read_tokenizer
 from lorica.training.output import make_output_dir
@@ -131,7 +132,8 @@ class Inspection:
         seen = observe(self.model, layers, batches, moments=True)
         advance, described = self.bar("spectra"), []
         for done, (entry, planned) in enumerate(zip(plan.entries, plan.records(), strict=True), start=1):
-            described.append(planned | describe_layer(matrix_of(layers[entry.name]), entry, seen[entry.name]))
+            factors = plan.factors(entry.name)
+            described.append(planned | describe_layer(matrix_of(layers[entry.name]), entry, seen[entry.name], factors))
             if advance is not None:
                 advance(entry.name, done, len(plan))
         return described

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import InputStatistics
+from lorica.subspace.factor import Factors
 from lorica.subspace.linalg import singular_values, spectrum_points
+from lorica.subspace.observe import InputStatistics
 from lorica.subspace.plan import PlanEntry
 from lorica.subspace.ranks import effective_rank
 from lorica.subspace.sources import protected_directions
@@ -58,13 +59,16 @@ def squared_share(sigma_S: Tensor, k: int) -> float | None:
     return energy[:k].sum().item() / total if total > 0 else None
 
 
-def describe_layer(weight_MN: Tensor, entry: PlanEntry, statistics: InputStatistics) -> dict[str, Any]:
+def describe_layer(
+    weight_MN: Tensor, entry: PlanEntry, statistics: InputStatistics, factors: Factors | None = None
+) -> dict[str, Any]:
     """Return the measures of one layer, as plain data.
 
     Args:
         weight_MN: the weight, (out, in).
         entry: what would be protected in it.
         statistics: of the layer's calibration inputs, with moments.
+        factors: what was measured for the plan, if its source needs it.
 
     Raises:
         LoricaError: the weight holds NaN or inf.
@@ -74,7 +78,7 @@ def describe_layer(weight_MN: Tensor, entry: PlanEntry, statistics: InputStatist
     except LoricaError as error:
         raise LoricaError(f"{entry.name}: {error}") from error
     assert statistics.moment_NN is not None
-    directions = protected_directions(weight_MN, entry, statistics.moment_NN)
+    directions = protected_directions(weight_MN, entry, factors)
     energy = energy_shares(statistics.moment_NN, directions.v_NB)
     return {
         "spectrum": spectrum_points(sigma_S),

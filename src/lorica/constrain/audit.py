@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lorica.constrain.audit_report import AuditReport, AuditRow
 from lorica.constrain.checkpoint import Stripped, Weights, open_weights, prefix_apart
-from lorica.constrain.planning import UNFREEZE_RANK_RATIO
+from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO
 from lorica.constrain.targets import is_target_key, natural_order
 from lorica.errors import LoricaError
-from lorica.subspace.linalg import ROWS, spectrum_points
-from lorica.subspace.plan import MEASURED, Pair, Plan, PlanEntry
+from lorica.subspace.factor import Factors
+from lorica.subspace.linalg import ROWS, Pair, spectrum_points
+from lorica.subspace.plan import MEASURED, Plan, PlanEntry
 from lorica.subspace.ranks import share_to_count
 from lorica.subspace.sources import Protected, directions_and_spectrum
 
@@ -91,7 +92,7 @@ def audit_weight(
     before_MN: Tensor,
     after_MN: Tensor,
     entry: PlanEntry,
-    moment_NN: Tensor | None = None,
+    factors: Factors | None = None,
     learned: Pair | None = None,
     *,
     master_delta_MN: Tensor | None = None,
@@ -102,7 +103,7 @@ def audit_weight(
     Args:
         before_MN, after_MN: (out, in), in the dtypes they are stored in.
         entry: what was to be protected.
-        moment_NN: input second moment, for the sources that need calibration.
+        factors: what was measured, for the sources that need calibration.
         learned: directions of finished tasks that were to be protected besides.
         master_delta_MN: the change before it was added to the weight and rounded to the stored dtype
             (``SubspaceLayer.delta``), where it is known.
@@ -112,7 +113,7 @@ def audit_weight(
         raise LoricaError(f"{entry.name}: shape {tuple(before_MN.shape)} before and {tuple(after_MN.shape)} after")
     sigma_S = None
     if directions is None:
-        directions, sigma_S = directions_and_spectrum(before_MN, entry, moment_NN, learned)
+        directions, sigma_S = directions_and_spectrum(before_MN, entry, factors, learned)
     delta = _change(before_MN, after_MN, slice(None))
     leak_u, leak_v = _leaks(delta, directions, entry.constraint)
     master = None if master_delta_MN is None else _leaks(master_delta_MN, directions, entry.constraint)
@@ -186,7 +187,7 @@ def audit(
     Raises:
         LoricaError: no safetensors, no weight in common, a weight that the plan names is missing or has
             another shape, both a plan and a ratio are given, or the plan's directions cannot be recomputed
-            from the weights (``activation`` and ``hybrid`` without calibration, what finished tasks learned).
+            from the weights (measured ones without calibration, what finished tasks learned).
     """
     if plan is not None and unfreeze_rank_ratio is not None:
         raise LoricaError("plan and unfreeze_rank_ratio both say what was protected; give one of them")
@@ -205,7 +206,7 @@ def audit(
         raise LoricaError(f"{old} and {new} have no tensor in common: {_example(old)} against {_example(new)}")
     rows = []
     for done, (key, entry) in enumerate(zip(planned, plan.entries, strict=True), start=1):
-        known = (plan.moment(entry.name), plan.learned(entry.name))
+        known = (plan.factors(entry.name), plan.learned(entry.name))
         rows.append(audit_weight(old.matrix(key), new.matrix(key), entry, *known))
         if progress:
             progress(entry.name, done, len(plan))
@@ -225,11 +226,12 @@ def _example(weights: Weights) -> str:
 
 
 def _check_directions_are_known(plan: Plan, new: Weights) -> None:
-    unmeasured = [e.name for e in plan.entries if e.k and e.source in MEASURED and plan.moment(e.name) is None]
+    measured = (e.name for e in plan.entries if any(e.given) and e.source in MEASURED)
+    unmeasured = [name for name in measured if plan.factors(name) is None]
     unlearned = [e.name for e in plan.entries if any(e.learned) and plan.learned(e.name) is None]
     missing = unmeasured or unlearned
     if missing:
-        what = "input directions that were measured while training" if unmeasured else "directions of finished tasks"
+        what = "directions that were measured while training" if unmeasured else "directions of finished tasks"
         raise LoricaError(
             f"{new}: the plan protects {what} ({missing[0]} and "
             f"{len(missing) - 1} more), which are not in the weights; the audit made then is in lorica.json under "

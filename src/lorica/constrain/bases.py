@@ -11,6 +11,7 @@ from lorica.constrain.kept import KeptBases
 from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
 from lorica.subspace.derived import Derived
+from lorica.subspace.factor import Factor
 from lorica.subspace.free_basis import free_basis
 from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import Protected, protected_directions
@@ -37,7 +38,7 @@ class Bases:
         self.plan = plan
         self.lean = memory == "lean"
         self._store = SplitStore.from_environment()
-        self._shared: list[tuple[int, Tensor, Basis]] = []
+        self._shared: dict[tuple[int, Factor], Basis] = {}
         self._kept = kept
         self._read: dict[tuple[str, ...], Basis] = {}
 
@@ -53,18 +54,17 @@ class Bases:
             out, inp = (self._side(kept, f"{name}.{side}", dim, bool(count)) for side, dim, count in sides)
             return out, inp
         dtype = torch.float64 if weight_MN.dtype == torch.float64 else torch.float32
-        moment = self._input_alone(entry)
-        known = self._found(entry.k, moment) if moment is not None else None
-        if known is not None:
-            known.shared = True
-            return Everything(entry.shape[0]), known
         u_MA, v_NB = self._directions(entry, weight_MN)
         # Read off a weight of 16 bits the long side costs less than the weight; stored in float32 it costs more.
         derived = entry.source == "weight" and not any(entry.learned) and (self.lean or weight_MN.dtype not in WIDE)
         out = free_basis(u_MA, dtype, weight_MN if derived else None).mapped(Tensor.contiguous)
+        key = self._input_alone(entry)
+        if key in self._shared:
+            self._shared[key].shared = True
+            return out, self._shared[key]
         inp = free_basis(v_NB, dtype, weight_MN.T if derived else None).mapped(Tensor.contiguous)
-        if moment is not None:
-            self._shared.append((entry.k, moment, inp))
+        if key is not None:
+            self._shared[key] = inp
         return out, inp
 
     def _side(self, kept: KeptBases, name: str, dim: int, constrained: bool) -> Basis:
@@ -86,18 +86,14 @@ class Bases:
             a, b = entry.protected
             blank = torch.empty(0, dtype=torch.float64, device="meta")
             return Protected(blank.new_empty(m, a), blank.new_empty(n, b))
-        known = (self.plan.moment(entry.name), self.plan.learned(entry.name))
+        known = (self.plan.factors(entry.name), self.plan.learned(entry.name))
         return protected_directions(weight_MN, entry, *known, self._store)
 
-    def _input_alone(self, entry: PlanEntry) -> Tensor | None:
-        """Return the measured moment where it alone, and not the weight, says what is protected."""
-        alone = entry.k and entry.source == "activation" and not any(entry.learned)
-        return self.plan.moment(entry.name) if alone else None
-
-    def _found(self, k: int, moment_NN: Tensor) -> Basis | None:
-        """Return the basis of an earlier weight with the same directions: of layers that saw the same input."""
-        alike = (basis for count, other, basis in self._shared if count == k and torch.equal(other, moment_NN))
-        return next(alike, None)
+    def _input_alone(self, entry: PlanEntry) -> tuple[int, Factor] | None:
+        """Return what the input side follows from where the weight has no part in it: layers may have it in common."""
+        count, factors = entry.given[1], self.plan.factors(entry.name)
+        alone = count and entry.source in ("activation", "curvature") and not any(entry.learned)
+        return (count, factors.inputs) if alone and factors is not None and factors.inputs is not None else None
 
 
 _LEAVES = ("q_DF", "z_DK", "head_KK", "tail_SK")

@@ -124,7 +124,8 @@ def block_constraints(
             raise LoricaError(f"{entry.name} is {weight_MN.dtype}; constraint 'block' needs float32 weights")
         if any(entry.protected):
             if kept is None:
-                sides = protected_directions(weight_MN, entry, learned=plan.learned(entry.name), store=store)
+                known = (plan.factors(entry.name), plan.learned(entry.name))
+                sides = protected_directions(weight_MN, entry, *known, store)
                 parts = {"u_MK": sides.u_MA, "v_NK": sides.v_NB}
             else:
                 parts = {name: kept.tensor(f"{entry.name}.{name}") for name in ("u_MK", "v_NK", "block_KK")}

@@ -26,6 +26,9 @@ Progress = Callable[[str, int, int], None]
 REMEMBER_ROWS = 64
 """Default of ``remember_rows``."""
 
+REMEMBER_SIZE = 0.5
+"""Default of ``remember_size``."""
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -48,12 +51,18 @@ class Protection(Targets):
 
     Attributes:
         calibration: where none is given and it is needed, "self" for causal models and "random" for others.
-        plan: a finished plan, instead of all other options but ``protect_learned`` and ``memory_mode``.
+        plan: a finished plan, instead of all other options but ``protect_learned``, ``rehearse``, ``rehearse_weight``
+            and ``memory_mode``.
         protect_learned: share of min(M, N), 0 to 1: so many of the top directions of what the finished tasks
             changed in a weight are protected besides. None: none; 0 also gives up those of earlier updates.
-        remember_inputs: add what each finished task's inputs were to the calibration of the next ones; for the
-            sources ``activation`` and ``hybrid``.
-        remember_rows: how many training rows of a task stand for its inputs.
+        remember_tasks: add what each finished task's inputs (and gradients) were to the calibration of the next ones;
+            for every source but ``weight``.
+        remember_rows: how many training rows of a task stand for it.
+        remember_size: largest size of what is remembered of tasks, over that of the weights; above 0.
+        rehearse: rows of text that the model wrote before the task for each training row, 0 (none) or more: what it
+            predicted there is held by a penalty, see ``lorica.methods.rehearsal``; for causal models. A micro-batch has
+            at least one.
+        rehearse_weight: weight of that penalty, above 0.
         rank_schedule: protected share, 0 to 1, of each task in order; the last is for all further ones.
         memory_mode: as ``memory`` of ``lorica.protect``.
     """
@@ -68,10 +77,14 @@ class Protection(Targets):
     rank_pattern: Mapping[str, float | int] = field(default_factory=dict)
     mrr: float | None = None
     trr: float | None = None
+    expected_forgetting: float | None = None
     plan: Plan | None = None
     protect_learned: float | None = None
-    remember_inputs: bool = False
+    remember_tasks: bool = False
     remember_rows: int = REMEMBER_ROWS
+    remember_size: float = REMEMBER_SIZE
+    rehearse: float = 0.0
+    rehearse_weight: float = 1.0
     rank_schedule: Sequence[float] | None = None
     memory_mode: MemoryMode = "fast"
 
@@ -80,12 +93,22 @@ class Protection(Targets):
             raise ValueError(f"protect_learned = {self.protect_learned} is out of range: a share from 0 to 1")
         if self.remember_rows < 1:
             raise ValueError(f"remember_rows = {self.remember_rows} is out of range: at least 1")
-        if self.remember_inputs and self.source not in MEASURED:
+        if self.remember_tasks and self.source not in MEASURED:
             raise ValueError(
-                f"remember_inputs has no effect with source {self.source!r}; it is for {' and '.join(MEASURED)}"
+                f"remember_tasks has no effect with source {self.source!r}; it is for {' and '.join(MEASURED)}"
             )
-        if self.remember_rows != REMEMBER_ROWS and not self.remember_inputs:
-            raise ValueError("remember_rows has no effect without remember_inputs")
+        if self.remember_size <= 0:
+            raise ValueError(f"remember_size = {self.remember_size} is out of range: above 0")
+        idle = {"remember_rows": REMEMBER_ROWS, "remember_size": REMEMBER_SIZE}
+        for name, default in idle.items():
+            if getattr(self, name) != default and not self.remember_tasks:
+                raise ValueError(f"{name} has no effect without remember_tasks")
+        if not 0 <= self.rehearse < float("inf"):
+            raise ValueError(f"rehearse = {self.rehearse} is out of range: 0 (none) or more")
+        if not 0 < self.rehearse_weight < float("inf"):
+            raise ValueError(f"rehearse_weight = {self.rehearse_weight} is out of range: above 0")
+        if self.rehearse_weight != 1 and not self.rehearse:
+            raise ValueError("rehearse_weight has no effect without rehearse")
         if self.rank_schedule is not None:
             self._check_schedule(self.rank_schedule)
 

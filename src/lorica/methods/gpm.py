@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,8 @@ from lorica.constrain.linear import matrix_of
 from lorica.methods.base import METHODS, Targets
 from lorica.methods.projected import ProjectedFT
 from lorica.methods.task import TaskData
-from lorica.subspace.calibration import observe
+from lorica.subspace.observe import observe, within_memory
 from lorica.subspace.sources import Protected
-
-MOMENT_BYTES = 4 * 2**30
-"""How much the second moments of the layers that are looked at in one pass may take (float64)."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +76,9 @@ class GPM(ProjectedFT):
 
     def remember(self, model: nn.Module, task: TaskData) -> None:
         energy = min(1.0, self.options.energy + task.index * self.options.energy_step)
-        for layers in within_memory(self.layers(model)):
-            seen = observe(model, layers, task.batches(self.options.rows), moments=True)
+        layers = self.layers(model)
+        for names in within_memory({name: 8 * matrix_of(layer).shape[1] ** 2 for name, layer in layers.items()}):
+            seen = observe(model, {name: layers[name] for name in names}, task.batches(self.options.rows), moments=True)
             for name, statistics in seen.items():
                 assert statistics.moment_NN is not None
                 self.extend(name, statistics.moment_NN, energy)
@@ -98,20 +96,6 @@ class GPM(ProjectedFT):
         self.bases = {
             key.removesuffix(".basis"): value.clone() for key, value in state.items() if key.endswith(".basis")
         }
-
-
-def within_memory(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """Yield the layers in groups whose input second moments take ``MOMENT_BYTES`` together, or a single layer."""
-    group: dict[str, nn.Module] = {}
-    used = 0
-    for name, layer in layers.items():
-        needed = 8 * matrix_of(layer).shape[1] ** 2
-        if group and used + needed > MOMENT_BYTES:
-            yield group
-            group, used = {}, 0
-        group[name] = layer
-        used += needed
-    yield group
 
 
 def new_directions(moment_NN: Tensor, basis_NK: Tensor, energy: float) -> tuple[Tensor, Tensor]:

@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorica import processes
 from lorica.constrain.audit import audit_weight
 from lorica.constrain.audit_report import AuditReport
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.optimizer import Block, ConstrainedOptimizer, WeightConstraint, block_constraints
 from lorica.constrain.planning import plan
 from lorica.constrain.protect import bases_of, protect, protected_layers, protected_of, release
+from lorica.constrain.sharded_audit import audit_sharded
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress, Protection, scheduled_share
+from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal
 from lorica.methods.task import TaskData
-from lorica.subspace.calibration import observe
-from lorica.subspace.learned import LearnedDirections, SeenInputs
+from lorica.subspace.calibration import Batch, is_causal, own_text
+from lorica.subspace.learned import LearnedDirections
+from lorica.subspace.measure import Wanted, measure
+from lorica.subspace.memory import FactorMemory, memory_rank
 from lorica.subspace.plan import MEASURED, Plan
+from lorica.subspace.sources import Protected
 
-LEARNED, INPUTS = "learned.", "inputs."
+LEARNED, TASKS = "learned.", "tasks."
 """What the names in the state begin with."""
 
-_NOT_PLANNED = ("plan", "protect_learned", "remember_inputs", "remember_rows", "rank_schedule", "memory_mode")
+_BESIDE_A_PLAN = ("plan", "protect_learned", "rehearse", "rehearse_weight", "memory_mode")
+"""Options that are no part of what a finished plan says."""
+
+_NOT_PLANNED = (*_BESIDE_A_PLAN, "remember_tasks", "remember_rows", "remember_size", "rank_schedule")
 """Options that are no arguments of ``lorica.plan``."""
 
 
@@ -37,32 +46,40 @@ class OSFT(Method):
     ``block`` by the optimizer (the projected engine).
 
     From task to task, as the options say, the protected share follows ``rank_schedule``, the directions that
-    finished tasks learned in are protected beside the source's (``protect_learned``), and what finished tasks'
-    inputs were counts in what the next ones protect (``remember_inputs``). What is kept for this has the same
-    size after ten tasks as after one.
+    finished tasks learned in are protected beside the source's (``protect_learned``), and what finished tasks
+    were counts in what the next ones protect (``remember_tasks``). What is kept for this has the same
+    size after ten tasks as after one. With ``rehearse`` what the model predicts on text of its own is held besides,
+    by a penalty.
+
+    Attributes:
+        rehearsal: the texts of the current task and what was predicted on them, with ``rehearse``.
 
     Source:
-        arXiv 2504.07097.
+        arXiv 2504.07097; ``lorica.methods.rehearsal`` is no part of it.
     """
 
     options_type = Protection
     summary = "fine-tuning in the free directions of each weight (Orthogonal Subspace Fine-Tuning)"
-    stores = "nothing; with protect_learned two thin bases, with remember_inputs an N x N matrix per weight"
+    stores = "nothing; with protect_learned two thin bases, with remember_tasks two truncated second moments"
     reproduction = "tested against its factored form, PEFT's and mini_trainer's; no published figure reproduced yet"
 
     def __init__(self, protection: Protection) -> None:
         super().__init__(protection)
         self.protection = protection
-        beside = sorted(protection.given() - {"plan", "protect_learned", "memory_mode"})
+        beside = sorted(protection.given() - {*_BESIDE_A_PLAN})
         if protection.plan is not None and beside:
             raise LoricaError(f"{beside[0]} has no effect beside a plan: say it in the plan")
         self.learned = LearnedDirections(protection.protect_learned or 0.0)
-        self.seen = SeenInputs()
+        self.tasks = FactorMemory()
         self._constraints: dict[nn.Parameter, WeightConstraint] | None = None
         self._before: dict[str, Tensor] = {}
+        self.rehearsal: Rehearsal | None = None
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
-        self.plan = self._plan(model, task.index)
+        texts = None
+        if self.protection.rehearse:
+            texts = self._rehearse(model, task.seed + task.index)
+        self.plan = self._plan(model, task.index, texts)
         if any(entry.constraint == "block" for entry in self.plan.entries):
             if self.protection.memory_mode != "fast":
                 raise LoricaError("memory_mode 'lean' has no effect with constraint 'block', which the optimizer holds")
@@ -74,21 +91,43 @@ class OSFT(Method):
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in dense}
         self._count_learned(model)
 
-    def _plan(self, model: nn.Module, index: int) -> Plan:
-        """Return the plan of a task: as the options say, or as it was kept, with what finished tasks left behind."""
+    def _rehearse(self, model: nn.Module, seed: int) -> list[dict[str, Tensor]]:
+        """Let the plain model write what is to be rehearsed, and return it."""
+        if processes.in_step(model):
+            raise LoricaError(
+                f"{NEEDED_BY}: processes that share a model would write texts of several lengths and then wait for "
+                f"each other; {INSTEAD}"
+            )
+        texts = own_text(model, seed=seed, needed_by=NEEDED_BY, instead=INSTEAD)
+        asked = self.protection
+        self.rehearsal = Rehearsal.of(model, texts, asked.rehearse, asked.rehearse_weight, seed)
+        return texts
+
+    def penalty(self, model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
+        return None if self.rehearsal is None else self.rehearsal.penalty(model, inputs)
+
+    def training_state(self) -> Any:
+        return None if self.rehearsal is None else {"calls": self.rehearsal.calls}
+
+    def load_training_state(self, state: Any) -> None:
+        if self.rehearsal is not None:
+            self.rehearsal.calls = state["calls"]
+
+    def _plan(self, model: nn.Module, index: int, texts: Sequence[Batch] | None) -> Plan:
+        """Return the plan of a task: as the options say, or as it was kept, with what finished tasks left behind.
+
+        Args:
+            texts: what the model wrote, where it is at hand: it then calibrates too.
+        """
         made = self.protection.plan if self.kept is None else self.kept.plan
         if made is None:
-            made = plan(model, **self._planning(model, index))
+            made = plan(model, **self._planning(model, index, texts))
         learned = {e.name: self.learned.directions(e.name, e.shape) for e in made.entries}
-        moments = {name: made.moment(name) for name in made.names()}
         if any(learned.values()):
             made = made.with_measured(learned={name: pair for name, pair in learned.items() if pair is not None})
-        if self.seen:
-            combined = {name: self.seen.combined(name, a) for name, a in moments.items() if a is not None}
-            made = made.with_measured(moments=combined)
         return made
 
-    def _planning(self, model: nn.Module, index: int) -> dict[str, Any]:
+    def _planning(self, model: nn.Module, index: int, texts: Sequence[Batch] | None) -> dict[str, Any]:
         """Return the arguments of ``lorica.plan`` for a task."""
         asked = self.protection
         options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in _NOT_PLANNED}
@@ -96,7 +135,9 @@ class OSFT(Method):
             options["effective_rank"] = scheduled_share(asked.rank_schedule, index)
         if asked.calibration is None and (asked.source in MEASURED or asked.ranks == "importance"):
             options["calibration"] = _default_calibration(model)
-        return options
+        if texts is not None and options["calibration"] == "self":
+            options["calibration"] = texts
+        return options | ({"earlier": self.tasks.factors} if self.tasks else {})
 
     def _count_learned(self, model: nn.Module) -> None:
         """Set each entry's ``learned`` to how many directions were new to what the source protects."""
@@ -109,12 +150,10 @@ class OSFT(Method):
                 layer = layers[entry.name]
                 held = [basis.dim - basis.free for basis in (layer.out_basis, layer.in_basis)]
             else:
-                assert self._constraints is not None
-                block = self._constraints[model.get_submodule(entry.name).get_parameter("weight")]
-                assert isinstance(block, Block)
+                block = self._block(model, entry.name)
+                assert block is not None
                 held = [block.u.shape[1], block.v.shape[1]]
-            source = entry.model_copy(update={"learned": (0, 0)}).protected
-            counts = tuple(both - own for both, own in zip(held, source, strict=True))
+            counts = tuple(both - own for both, own in zip(held, entry.given, strict=True))
             self.plan.entries[index] = entry.model_copy(update={"learned": counts})
 
     def to_keep(self, model: nn.Module) -> dict[str, Tensor]:
@@ -123,10 +162,15 @@ class OSFT(Method):
             return bases_of(model)
         found: dict[str, Tensor] = {}
         for name in self.plan.names():
-            block = self._constraints.get(model.get_submodule(name).get_parameter("weight"))
-            if isinstance(block, Block):
+            block = self._block(model, name)
+            if block is not None:
                 found |= {f"{name}.{part}": tensor for part, tensor in block.parts().items()}
         return found
+
+    def _block(self, model: nn.Module, name: str) -> Block | None:
+        """Return what the optimizer holds of a weight, None where it holds nothing."""
+        block = (self._constraints or {}).get(model.get_submodule(name).get_parameter("weight"))
+        return block if isinstance(block, Block) else None
 
     @property
     def clips(self) -> bool:
@@ -141,21 +185,25 @@ class OSFT(Method):
         """Return the audit of every weight that was split; of the reduced engine's also before rounding."""
         assert self.plan is not None
         layers = protected_layers(model)
+        if any(layer.shards is not None for layer in layers.values()):
+            return AuditReport(audit_sharded(layers, self.plan))
         rows = []
         for entry in self.plan.entries:
-            moment, learned = self.plan.moment(entry.name), self.plan.learned(entry.name)
+            factors, learned = self.plan.factors(entry.name), self.plan.learned(entry.name)
+            gone = entry.source in MEASURED and factors is None  # measured in the process that the bases are from
             if entry.name in layers:
                 layer = layers[entry.name]
                 layer.refresh()
                 before, after, master = layer.base, layer.matrix, layer.delta()
-                measured = entry.source in MEASURED and moment is None  # in the process that the bases are from
-                held = protected_of(layer) if measured else None
+                held = protected_of(layer) if gone else None
                 rows.append(
-                    audit_weight(before, after, entry, moment, learned, master_delta_MN=master, directions=held)
+                    audit_weight(before, after, entry, factors, learned, master_delta_MN=master, directions=held)
                 )
             elif entry.name in self._before:
-                after = matrix_of(model.get_submodule(entry.name)).detach()
-                rows.append(audit_weight(self._before[entry.name], after, entry, moment, learned))
+                before, after = self._before[entry.name], matrix_of(model.get_submodule(entry.name)).detach()
+                block = self._block(model, entry.name) if gone else None
+                held = None if block is None else Protected(block.u.double(), block.v.double())
+                rows.append(audit_weight(before, after, entry, factors, learned, directions=held))
         return AuditReport(rows)
 
     def end_task(self, model: nn.Module, task: TaskData) -> None:
@@ -163,13 +211,9 @@ class OSFT(Method):
         if self.protection.protect_learned:
             self._remember_changes(model)
         release(model)
-        if self.protection.remember_inputs:
-            layers = {name: model.get_submodule(name) for name in self.plan.names()}
-            rows = task.batches(self.protection.remember_rows)
-            for name, statistics in observe(model, layers, rows, moments=True).items():
-                assert statistics.moment_NN is not None
-                self.seen.add(name, statistics.moment_NN)
-        self._constraints, self._before = None, {}
+        if self.protection.remember_tasks:
+            self._remember_task(model, list(task.batches(self.protection.remember_rows)))
+        self._constraints, self._before, self.rehearsal = None, {}, None
 
     def _remember_changes(self, model: nn.Module) -> None:
         for name, layer in protected_layers(model).items():
@@ -177,9 +221,23 @@ class OSFT(Method):
         for name, before in self._before.items():
             self.learned.add(name, matrix_of(model.get_submodule(name)).detach().double() - before.double())
 
+    def _remember_task(self, model: nn.Module, batches: list[Batch]) -> None:
+        """Fold what the finished task's inputs and gradients are into the memory of tasks."""
+        assert self.plan is not None
+        layers = {name: model.get_submodule(name) for name in self.plan.names()}
+        weights = [matrix_of(layer) for layer in layers.values()]
+        outputs = self.protection.source == "curvature"
+        dims = [dim for m, n in (weight.shape for weight in weights) for dim in ((m, n) if outputs else (n,))]
+        rank = memory_rank(dims, self.protection.remember_size * sum(weight.nbytes for weight in weights))
+        wanted = {
+            entry.name: Wanted(entry.shape, inputs=rank, outputs=rank if outputs else None)
+            for entry in self.plan.entries
+        }
+        self.tasks.fold(measure(model, layers, batches, wanted), rank)
+
     def state_dict(self) -> dict[str, Tensor]:
         learned = {LEARNED + name: tensor for name, tensor in self.learned.state_dict().items()}
-        return learned | {INPUTS + name: tensor for name, tensor in self.seen.state_dict().items()}
+        return learned | {TASKS + name: tensor for name, tensor in self.tasks.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what an earlier ``state_dict`` returned.
@@ -193,15 +251,15 @@ class OSFT(Method):
                 "finished tasks were learned with protect_learned, and what they learned would now be open to change: "
                 "set protect_learned, or 0 to give it up"
             )
-        inputs = _part(state, INPUTS)
-        if inputs and not self.protection.remember_inputs:
+        tasks = _part(state, TASKS)
+        if tasks and not self.protection.remember_tasks:
             raise LoricaError(
-                "finished tasks were learned with remember_inputs, and what their inputs were would now be forgotten: "
-                "set remember_inputs"
+                "finished tasks were learned with remember_tasks, and what they were would now be forgotten: "
+                "set remember_tasks"
             )
         if self.protection.protect_learned:
             self.learned.load_state_dict(learned)
-        self.seen.load_state_dict(inputs)
+        self.tasks.load_state_dict(tasks)
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -210,8 +268,6 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _default_calibration(model: nn.Module) -> str | None:
     """Return "self" for models that continue a text by themselves, "random" for the other Hugging Face models."""
-    config = getattr(model, "config", None)
-    if config is None:
+    if getattr(model, "config", None) is None:
         return None
-    causal = bool(model.can_generate()) and not getattr(config, "is_encoder_decoder", False)  # type: ignore[operator]
-    return "self" if causal else "random"
+    return "self" if is_causal(model) else "random"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.plan import Pair
+from lorica.subspace.linalg import Pair
 from lorica.subspace.ranks import share_to_count
 
 NOISE = 1e-6
@@ -112,42 +112,3 @@ class LearnedDirections:
                 f"{name} is {shape[0]} x {shape[1]}, and what is remembered of finished tasks is of a weight of "
                 f"{kept[0]} x {kept[1]}: it belongs to another model"
             )
-
-
-class SeenInputs:
-    """The sum of the normalised input second moments ``A_t / tr A_t`` of finished tasks, N x N float32 per weight."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._sums)
-
-    def add(self, name: str, moment_NN: Tensor) -> None:
-        """Add what one layer saw in a finished task."""
-        self._sums[name] = self.combined(name, moment_NN).float().cpu()
-
-    def combined(self, name: str, moment_NN: Tensor) -> Tensor:
-        """Return ``A / tr A`` of a layer's calibration inputs plus the sum over the finished tasks, float64.
-
-        Raises:
-            LoricaError: the sum is of a layer of another width.
-        """
-        moment_NN = moment_NN.double()
-        scaled = moment_NN / moment_NN.trace().clamp_min(torch.finfo(torch.float64).tiny)
-        if name not in self._sums:
-            return scaled
-        if self._sums[name].shape != scaled.shape:
-            raise LoricaError(
-                f"{name} has {len(scaled)} inputs, and what is remembered of finished tasks has "
-                f"{len(self._sums[name])}: it belongs to another model"
-            )
-        return scaled + self._sums[name].to(scaled)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the sums by name."""
-        return dict(self._sums)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what ``state_dict`` returned."""
-        self._sums = dict(state)

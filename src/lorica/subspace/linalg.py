@@ -24,6 +24,10 @@ ROWS = 1024
 """So many rows of a weight are converted to float64 at a time: no float64 copy of the whole weight is made."""
 
 
+Pair = tuple[Tensor, Tensor]
+"""Directions of one weight's outputs (M x A) and inputs (N x B)."""
+
+
 @dataclass(frozen=True)
 class Split:
     """The singular value decomposition of one weight, ``W = U diag(S) V^T``, cut after ``k`` directions.

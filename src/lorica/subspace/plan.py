@@ -9,23 +9,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from torch import Tensor
 
 from lorica.errors import LoricaError, did_you_mean, one_line
 from lorica.files import write_text
 from lorica.json_file import read_json
+from lorica.subspace.factor import Factors
+from lorica.subspace.linalg import Pair
 
 Constraint = Literal["two-sided", "input", "output", "block"]
-Source = Literal["weight", "activation", "hybrid"]
+Source = Literal["weight", "activation", "curvature", "hybrid"]
 
-MEASURED: tuple[Source, ...] = ("activation", "hybrid")
-"""The sources that look at a layer's inputs and so need calibration."""
+MEASURED: tuple[Source, ...] = ("activation", "curvature", "hybrid")
+"""The sources that look at what passes through a layer and so need calibration."""
+
+
+def default_constraint(source: Source) -> Constraint:
+    """Return the constraint of a plan that names none: on both sides where the source knows directions of both."""
+    return "input" if source in ("activation", "hybrid") else "two-sided"
+
 
 Size = Annotated[int, Field(ge=1, le=2**31)]
 """Of one side of a weight; above that nothing fits any memory, and sums of sizes would not fit a line."""
-
-Pair = tuple[Tensor, Tensor]
-"""Orthonormal directions of one weight's outputs (M x A) and inputs (N x B)."""
 
 
 class PlanEntry(BaseModel):
@@ -35,8 +39,10 @@ class PlanEntry(BaseModel):
         name: the module's name in the model.
         shape: (out, in) as in ``nn.Linear``, also for weights that are stored transposed.
         k: how many directions the source gives each constrained side, 0 (plain training) to ``limit``.
+        k_output: how many it gives the output side, where that is another number than k.
         source: where the directions come from: the weight's singular vectors (``weight``, the paper), the
-            principal directions of the layer's inputs (``activation``), or both (``hybrid``).
+            principal directions of the layer's inputs (``activation``), both (``hybrid``), or the principal
+            directions of its inputs and of the loss's gradients by its outputs (``curvature``).
         constraint: what every change D must satisfy: ``two-sided`` U^T D = 0 and D V = 0, ``input`` D V = 0,
             ``output`` U^T D = 0, ``block`` U^T D V = 0.
         learned: how many (output, input) directions that finished tasks learned in are protected besides, not
@@ -49,6 +55,7 @@ class PlanEntry(BaseModel):
     name: str
     shape: tuple[Size, Size]
     k: int = Field(ge=0)
+    k_output: int | None = Field(default=None, ge=0)
     source: Source = "weight"
     constraint: Constraint = "two-sided"
     learned: tuple[int, int] = (0, 0)
@@ -56,14 +63,23 @@ class PlanEntry(BaseModel):
 
     @property
     def limit(self) -> int:
-        """The largest k there is: N where only directions of the inputs are measured, else min(M, N)."""
-        return self.shape[1] if self.source in MEASURED and self.constraint == "input" else min(self.shape)
+        """The largest k there is: min(M, N), or a side's own dimension where k is for that side alone and measured."""
+        m, n = self.shape
+        if self.source not in MEASURED or (self.constraint not in ("input", "output") and self.k_output is None):
+            return min(m, n)
+        return m if self.constraint == "output" else n
+
+    @property
+    def given(self) -> tuple[int, int]:
+        """How many (output, input) directions the source gives; a side that the constraint leaves alone gets none."""
+        k_u = self.k if self.k_output is None else self.k_output
+        return 0 if self.constraint == "input" else k_u, 0 if self.constraint == "output" else self.k
 
     @property
     def protected(self) -> tuple[int, int]:
         """How many (output, input) directions are protected, by the source and as learned together."""
-        k_u, k_v = (0 if self.constraint == free_side else self.k for free_side in ("input", "output"))
-        return k_u + self.learned[0], k_v + self.learned[1]
+        (k_u, k_v), (more_u, more_v) = self.given, self.learned
+        return k_u + more_u, k_v + more_v
 
     @property
     def free(self) -> int:
@@ -73,15 +89,21 @@ class PlanEntry(BaseModel):
 
     @property
     def share(self) -> float:
-        """Share of the source's directions that is protected."""
-        return self.k / self.limit
+        """Share of the directions that the source gives, of all that it could."""
+        return self.k / self.limit if self.k_output is None else sum(self.given) / sum(self.shape)
+
+    def with_counts(self, k_output: int, k: int, why: str) -> PlanEntry:
+        """Return the entry with these directions of a measured source, as far as the constraint is about their side."""
+        both = {"input": (None, k), "output": (None, k_output)}.get(self.constraint, (k_output, k))
+        return self.model_copy(update={"k_output": both[0], "k": both[1], "why": why})
 
     def cells(self) -> tuple[str, ...]:
         """Return the row of the plan's table."""
         m, n = self.shape
         share, (u, v) = f"{self.share:.0%}", self.learned
         why = f"{self.why}; learned before: {u} output, {v} input directions" if u or v else self.why
-        return self.name, f"{m}x{n}", str(self.k), f"{self.free:,}", share, self.source, self.constraint, why
+        k = str(self.k) if self.k_output is None else f"{self.k_output}+{self.k}"
+        return self.name, f"{m}x{n}", k, f"{self.free:,}", share, self.source, self.constraint, why
 
     @model_validator(mode="after")
     def _k_fits(self) -> Self:
@@ -94,6 +116,17 @@ class PlanEntry(BaseModel):
             raise ValueError(f"{self.name}: source 'hybrid' is for constraint 'input' or 'two-sided'")
         if self.k > self.limit:
             raise ValueError(f"{self.name}: k = {self.k} is out of range for shape {self.shape}: 0 to {self.limit}")
+        if self.k_output is None:
+            return self
+        if self.source != "curvature" or self.constraint == "input":
+            raise ValueError(
+                f"{self.name}: k_output is for source 'curvature', and not for constraint 'input', which leaves the "
+                "outputs alone"
+            )
+        if self.k_output > self.shape[0]:
+            raise ValueError(
+                f"{self.name}: k_output = {self.k_output} is out of range for shape {self.shape}: 0 to {self.shape[0]}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -125,8 +158,8 @@ class Plan(BaseModel):
     entries: list[PlanEntry]
     train_also: list[str] = []
 
-    _moments: dict[str, Tensor] = PrivateAttr(default_factory=dict)
-    """Input second moments by name, for the sources in ``MEASURED``. Measured, so not part of the saved data."""
+    _factors: dict[str, Factors] = PrivateAttr(default_factory=dict)
+    """What was measured, by name, for the sources in ``MEASURED``. It is not part of the saved data."""
 
     _learned: dict[str, Pair] = PrivateAttr(default_factory=dict)
     """Directions that finished tasks learned in, by name. Measured too."""
@@ -152,27 +185,27 @@ class Plan(BaseModel):
         """Degrees of freedom that training keeps, over all weights."""
         return sum(entry.free for entry in self.entries)
 
-    def moment(self, name: str) -> Tensor | None:
-        """Return the measured second moment of a layer's inputs (N x N), if the plan was made with one."""
-        return self._moments.get(name)
+    def factors(self, name: str) -> Factors | None:
+        """Return what was measured of a layer, if the plan was made with it."""
+        return self._factors.get(name)
 
     def learned(self, name: str) -> Pair | None:
         """Return the directions that finished tasks learned in, if the plan protects any in this weight."""
         return self._learned.get(name)
 
     def with_measured(
-        self, *, moments: Mapping[str, Tensor] | None = None, learned: Mapping[str, Pair] | None = None
+        self, *, factors: Mapping[str, Factors] | None = None, learned: Mapping[str, Pair] | None = None
     ) -> Plan:
         """Return a copy that holds what was measured, by the names of its weights; it replaces what it held before.
 
         The entries' ``learned`` are counted as if the source protected none of these directions.
 
         Args:
-            moments: second moments of the layers' inputs (N x N).
+            factors: second moments of the layers' inputs and output gradients.
             learned: directions that finished tasks learned in, orthonormal columns.
         """
         result = self.model_copy()
-        result._moments = self._moments if moments is None else dict(moments)
+        result._factors = self._factors if factors is None else dict(factors)
         if learned is not None:
             result._learned = dict(learned)
             result.entries = [_with_learned(entry, learned.get(entry.name)) for entry in self.entries]
@@ -227,8 +260,7 @@ class Plan(BaseModel):
 
 def _with_learned(entry: PlanEntry, learned: Pair | None) -> PlanEntry:
     counts = (0, 0) if learned is None else (learned[0].shape[1], learned[1].shape[1])
-    given = entry.model_copy(update={"learned": (0, 0)}).protected
-    room = [size - count for size, count in zip(entry.shape, given, strict=True)]
+    room = [size - count for size, count in zip(entry.shape, entry.given, strict=True)]
     u, v = (min(count, left) for count, left in zip(counts, room, strict=True))
     return entry.model_copy(
         update={"learned": (0 if entry.constraint == "input" else u, 0 if entry.constraint == "output" else v)}

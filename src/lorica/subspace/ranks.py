@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorica.errors import LoricaError
 
-RANKS = ("uniform", "importance", "energy", "effective-rank")
+RANKS = ("uniform", "importance", "energy", "effective-rank", "marginal")
 """The policies that ``lorica.plan(ranks=...)`` knows."""
 
 

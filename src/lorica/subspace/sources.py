@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.linalg import split
-from lorica.subspace.plan import MEASURED, Pair, PlanEntry
+from lorica.subspace.factor import Factor, Factors
+from lorica.subspace.linalg import Pair, split
+from lorica.subspace.plan import PlanEntry
 from lorica.subspace.store import SplitStore
 
 DEPENDENT = 1e-6
@@ -30,16 +31,18 @@ class Protected(NamedTuple):
 def protected_directions(
     weight_MN: Tensor,
     entry: PlanEntry,
-    moment_NN: Tensor | None = None,
+    factors: Factors | None = None,
     learned: Pair | None = None,
     store: SplitStore | None = None,
 ) -> Protected:
     """Return the directions that an entry protects.
 
     ``weight``: the top k left and right singular vectors of W. ``activation``: the top k eigenvectors of
-    the input second moment A = E[x x^T], for the input side. ``hybrid``: for the input side both, see
-    ``hybrid_inputs``; for the output side the top k left singular vectors. To these are added the directions
-    that finished tasks learned in: ``U = orth([U_source, P])``, ``V = orth([V_source, R])``.
+    the input second moment A = E[x x^T], for the input side. ``curvature``: these, and for the output side the top
+    ones of the second moment B = E[g g^T] of the loss's gradients by the outputs. ``hybrid``: for the input side
+    singular vectors and eigenvectors of A, see ``hybrid_inputs``; for the output side the top k left singular
+    vectors. To these are added the directions that finished tasks learned in: ``U = orth([U_source, P])``,
+    ``V = orth([V_source, R])``.
 
     A side that the constraint leaves alone gets zero columns (``block`` keeps both: it constrains their
     product).
@@ -47,22 +50,22 @@ def protected_directions(
     Args:
         weight_MN: W, (out, in).
         entry: source, constraint and k.
-        moment_NN: A, needed for the sources in ``MEASURED``.
+        factors: A and B, as far as the source needs them.
         learned: P (M x J) and R (N x J), orthonormal columns, on any device; needed where the entry counts any.
         store: where splits are kept; without one the weight is split anew, which is what an audit should do.
     """
-    return directions_and_spectrum(weight_MN, entry, moment_NN, learned, store)[0]
+    return directions_and_spectrum(weight_MN, entry, factors, learned, store)[0]
 
 
 def directions_and_spectrum(
     weight_MN: Tensor,
     entry: PlanEntry,
-    moment_NN: Tensor | None = None,
+    factors: Factors | None = None,
     learned: Pair | None = None,
     store: SplitStore | None = None,
 ) -> tuple[Protected, Tensor | None]:
     """Return ``protected_directions`` and all singular values of the weight, None where it was not split for them."""
-    (u, v), sigma_S = _of_source(weight_MN, entry, moment_NN, store)
+    (u, v), sigma_S = _of_source(weight_MN, entry, factors, store)
     if learned is None:
         if any(entry.learned):
             raise LoricaError(
@@ -79,40 +82,45 @@ def directions_and_spectrum(
 
 
 def _of_source(
-    weight_MN: Tensor, entry: PlanEntry, moment_NN: Tensor | None, store: SplitStore | None
+    weight_MN: Tensor, entry: PlanEntry, factors: Factors | None, store: SplitStore | None
 ) -> tuple[Protected, Tensor | None]:
-    empty = [torch.zeros(size, 0, dtype=torch.float64, device=weight_MN.device) for size in weight_MN.shape]
-    if entry.k == 0:
-        return Protected(*empty), None
-    (u, v), sigma_S = empty, None
-    if entry.source != "activation":
+    k_u, k_v = entry.given
+    sigma_S = None
+    directions = [torch.zeros(size, 0, dtype=torch.float64, device=weight_MN.device) for size in weight_MN.shape]
+    if entry.source in ("weight", "hybrid") and entry.k:
         try:
             k = min(entry.k, *weight_MN.shape)
             parts = split(weight_MN, k) if store is None else store.split(weight_MN, k, entry.name)
         except LoricaError as error:
             raise LoricaError(f"{entry.name}: {error}") from error
-        u, v, sigma_S = parts.u_MK, parts.v_NK, parts.sigma_S
-    if entry.source in MEASURED:
-        if moment_NN is None:
-            raise LoricaError(
-                f"{entry.name}: source {entry.source!r} needs calibration inputs, which a saved plan does not hold; "
-                "make the plan anew with lorica.plan(calibration=...)"
-            )
-        if not bool(moment_NN.isfinite().all()):
-            raise LoricaError(
-                f"{entry.name}: the calibration inputs reach it as NaN or inf: a weight before it is too large, or the "
-                "inputs are no numbers"
-            )
-        principal_NN = torch.linalg.eigh(moment_NN.double()).eigenvectors.flip(1).to(weight_MN.device)
-        v = hybrid_inputs(principal_NN, v, entry.k)
-    directions = Protected(
-        empty[0] if entry.constraint == "input" else u,
-        empty[1] if entry.constraint == "output" else v,
-    )
-    return directions, sigma_S
+        directions, sigma_S = [parts.u_MK, parts.v_NK], parts.sigma_S
+    factors = factors or Factors()
+    if entry.source == "curvature" and k_u:
+        directions[0] = _principal(entry, factors.outputs, k_u, weight_MN.device)
+    if entry.source in ("activation", "curvature") and k_v:
+        directions[1] = _principal(entry, factors.inputs, k_v, weight_MN.device)
+    if entry.source == "hybrid" and k_v:
+        principal_NK = _principal(entry, factors.inputs, k_v, weight_MN.device)
+        directions[1] = hybrid_inputs(principal_NK, directions[1], k_v)
+    u, v = (side[:, :count] for side, count in zip(directions, (k_u, k_v), strict=True))
+    return Protected(u, v), sigma_S
 
 
-def hybrid_inputs(principal_NN: Tensor, singular_NS: Tensor, k: int) -> Tensor:
+def _principal(entry: PlanEntry, factor: Factor | None, k: int, device: torch.device) -> Tensor:
+    if factor is None:
+        raise LoricaError(
+            f"{entry.name}: source {entry.source!r} needs calibration inputs, which a saved plan does not hold; "
+            "make the plan anew with lorica.plan(calibration=...)"
+        )
+    if k > len(factor.energies_R):
+        raise LoricaError(
+            f"{entry.name}: {k} directions of a side are to be protected, of which the plan measured "
+            f"{len(factor.energies_R)}; make the plan anew with as many, lorica.plan(effective_rank=...)"
+        )
+    return factor.directions(k, device)
+
+
+def hybrid_inputs(principal_NK: Tensor, singular_NS: Tensor, k: int) -> Tensor:
     """Return k orthonormal input directions, half of them from the inputs and half from the weight.
 
     They span the first ceil(k / 2) principal directions of the inputs, then, in order and as far as they are
@@ -120,13 +128,13 @@ def hybrid_inputs(principal_NN: Tensor, singular_NS: Tensor, k: int) -> Tensor:
     principal directions. Without singular vectors they are the top k principal directions.
 
     Args:
-        principal_NN: eigenvectors of the input second moment, largest first.
+        principal_NK: the first k eigenvectors of the input second moment, largest first.
         singular_NS: right singular vectors of the weight, largest first.
         k: 0 to N.
     """
     half = (k + 1) // 2 if singular_NS.shape[1] else k
-    basis = principal_NN[:, :half].contiguous()
-    candidates = torch.cat([singular_NS, principal_NN[:, half:]], dim=1)
+    basis = principal_NK[:, :half].contiguous()
+    candidates = torch.cat([singular_NS, principal_NK[:, half:]], dim=1)
     while basis.shape[1] < k and candidates.shape[1]:
         missing = k - basis.shape[1]
         basis, candidates = extended(basis, candidates[:, :missing]), candidates[:, missing:]
