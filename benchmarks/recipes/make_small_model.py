@@ -161,15 +161,15 @@ def training_texts(data_dir: Path) -> list[str]:
     return [row["sentence"] if "sentence" in row else row["prompt"] for row in rows]
 
 
-def make_tokenizer(kind: Kind, texts: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level byte-pair tokenizer of 4096 pieces trained on the texts."""
+def make_tokenizer(kind: Kind, texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """Return a byte-level byte-pair tokenizer of so many pieces trained on the texts."""
     sentinels = [f"<extra_id_{number}>" for number in range(SPANS)] if kind.objective is corrupted else []
     special = [*kind.special.values(), *sentinels]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=special,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -207,15 +207,17 @@ def batches(rows_RL: Tensor) -> Iterator[Tensor]:
 
 
 def pretrain(
-    model: PreTrainedModel, kind: Kind, tokenizer: PreTrainedTokenizerFast, rows_RL: Tensor, steps: int
-) -> None:
-    """Train all parameters."""
+    model: PreTrainedModel, kind: Kind, tokenizer: PreTrainedTokenizerFast, rows_RL: Tensor, steps: int, *,
+    half: bool = False,
+) -> None:  # fmt: skip
+    """Train all parameters; ``half``: with products in bfloat16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
     scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
     model.train()
     start = time.monotonic()
     for step, block_BL in zip(range(1, steps + 1), batches(rows_RL), strict=False):
-        loss = model(**kind.objective(block_BL, tokenizer)).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = model(**kind.objective(block_BL, tokenizer)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 
 from lorica.data.stream import TaskStream
 from lorica.errors import Interrupted, LoricaError
+from lorica.training.classifiers import read_classifier
 from tests.experiments.conftest import Write, llama_folder, run, t5_folder, write  # noqa: F401
 from tests.experiments.test_resume import check_same_files, stop_at
 from tests.training.conftest import byte_tokenizer
@@ -60,6 +61,28 @@ def test_a_masked_language_model_becomes_a_classifier(
     model = BertForSequenceClassification.from_pretrained(tmp_path / "out" / "half" / "model")
     assert sorted(model.config.label2id, key=model.config.label2id.get) == ["Red", "Blue", "Big", "Small"]
     assert {record["scores"][0][0] for record in records} == {records[0]["scores"][0][0]}, "the same new head for all"
+
+
+def test_a_head_that_came_with_the_model_stays_as_it_is(
+    labelled: TaskStream, bert_folder: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"methods": "seqft", "learning_rates": 3e-3, "max_steps": 4, "save_models": True}
+    run(labelled, bert_folder, tmp_path / "first", **options)
+    first, second = (tmp_path / name / "seqft" / "model" for name in ("first", "second"))
+    run(labelled, first, tmp_path / "second", **options)
+    before, after = (load_file(folder / "model.safetensors") for folder in (first, second))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert len(changed) == 12
+    assert all(".layer." in key and key.endswith("weight") for key in changed)
+
+
+def test_a_head_of_other_labels_gives_way_to_a_new_one_that_trains(
+    labelled: TaskStream, bert_folder: Path, tmp_path: Path
+) -> None:
+    run(labelled, bert_folder, tmp_path, methods="seqft", learning_rates=3e-3, max_steps=1, save_models=True)
+    model, new = read_classifier(str(tmp_path / "seqft" / "model"), ["Red", "Blue", "Green"])
+    assert model.classifier.out_features == 3
+    assert new == [r"^classifier\.bias$", r"^classifier\.weight$"]
 
 
 @pytest.mark.reliability("R10", "R11")

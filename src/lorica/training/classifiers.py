@@ -43,8 +43,9 @@ def read_classifier(
 ) -> tuple[Any, list[str]]:
     """Return a model with one class for each label, and patterns of the parameters that must train for it to learn.
 
-    These are the classification head and whatever the folder has no weights for (new, random ones): frozen, they
-    would stay random. A folder that is already a classifier of just these labels keeps its head.
+    These are what the folder has no weights for, and with any part of it the whole classification head: new and
+    random, they would stay random where they were frozen. A folder that is already a classifier of just these labels
+    keeps its head, which trains where a method is told so (``train_also``), as everything outside the blocks.
 
     Raises:
         LoricaError: the model cannot be loaded, or its head is of other labels and just as many.
@@ -59,7 +60,8 @@ def read_classifier(
     )  # fmt: skip
     inside = f"{model.base_model_prefix}."
     head = {key for key, _ in model.named_parameters() if not key.startswith(inside)}
-    new = head | set(loading["missing_keys"])
+    new = set(loading["missing_keys"]) | {key for key, *_ in loading["mismatched_keys"]}
+    new |= head if new & head else set()
     return model.to(device), [f"^{re.escape(key)}$" for key in sorted(new)]
 
 
