@@ -29,7 +29,7 @@ RESULTS, PAGE = ROOT / "docs" / "results" / "methods.json", ROOT / "docs" / "met
 STEPS = 5
 BESIDE: dict[str, tuple[str, dict[str, Any]]] = {
     "osft, protect_learned 0.1": ("osft", {"protect_learned": 0.1}),
-    "osft, remember_inputs": ("osft", {"source": "activation", "remember_inputs": True}),
+    "osft, remember_tasks": ("osft", {"source": "activation", "remember_tasks": True}),
 }
 """Options that carry something where the defaults carry nothing."""
 

@@ -59,7 +59,7 @@ def needed(model: Model, share: float, gpus: int) -> float:
     """
     size = sizes(model, share)
     state = state_sharded(size, gpus).total() if share else 16 * model.parameters / gpus
-    return state + (gathered(size) if gpus > 1 else 0)
+    return state + (gathered(size, gpus) if gpus > 1 else 0)
 
 
 def memory(name: str, model: Model) -> str:

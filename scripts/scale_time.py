@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from lorica.constrain.exchange import cheapest_exchange, exchanges
 from lorica.constrain.reduced import cheapest, order_flops
 from lorica.forecast.communication import (
     BACKWARD,
@@ -16,13 +17,14 @@ from lorica.forecast.communication import (
     FORWARD,
     GRADIENTS,
     LENT,
+    RETURNED,
     WEIGHTS,
     Layout,
     Matrix,
     Sizes,
     received_sharded,
 )
-from lorica.subspace.basis import Basis
+from lorica.subspace.basis import Basis, Everything
 from lorica.subspace.free_basis import free_basis
 
 
@@ -84,8 +86,8 @@ class Assumed:
             f"{self.node * self.port / 1e9:.0f} GB/s, and no more than inside",
             "all-to-alls between nodes": "each GPU's own port for what comes from other nodes",
             "start of a collective": f"{self.latency * 1e6:.0f} us, times log2 of the GPUs",
-            "gathers, and gradients of plain fine-tuning": f"{self.overlap:.0%} of their time hidden behind arithmetic",
-            "bases, gradients of cores, fold": "not hidden at all, as the engine waits for each",
+            "gathers and the reduction of gradients": f"{self.overlap:.0%} of their time hidden behind arithmetic",
+            "bases, gradients from owners, fold": "not hidden at all, as the engine waits for each",
             "a step": f"{self.tokens} tokens on each GPU in one micro-batch, rows of {self.length}, activations "
             "checkpointed",
             "left out": "the optimizer's own arithmetic, data, the slowest of many GPUs",
@@ -110,16 +112,26 @@ def _sides(matrix: Matrix) -> tuple[Basis, Basis]:
     return out, free_basis(weight.new_empty(matrix.n, matrix.inp), torch.float32, weight.T if matrix.derived else None)
 
 
-def arithmetic(model: Model, share: float, tokens: int, length: int) -> float:
+def arithmetic(model: Model, share: float, tokens: int, length: int, gpus: int) -> float:
     """Return the operations of one micro-batch: forward twice (checkpointed), dX, and the gradients of what trains."""
     dense = 2 * tokens * sum(matrix.m * matrix.n for matrix in model.block(share))
     head = 2 * tokens * model.hidden * model.vocabulary
     attention = 2 * tokens * length * model.hidden  # two products, half of which is masked
-    gradients = float(dense)
-    if share:
-        costs = (order_flops(tokens, *_sides(matrix)) for matrix in model.block(share))
-        gradients = sum(cost[cheapest(cost)] for cost in costs)
+    gradients = sum(gradient_arithmetic(matrix, tokens, gpus) for matrix in model.block(share)) if share else dense
     return model.blocks * (3 * dense + gradients + 4 * attention) + head * (2 if share else 3)
+
+
+def gradient_arithmetic(matrix: Matrix, tokens: int, gpus: int) -> int:
+    """Return the operations of a core's gradient: a GPU's own, and what all wait for its owner to do."""
+    out, inp = _sides(matrix)
+    way = cheapest_exchange(exchanges(out, inp), gpus)
+    lent_out, lent_inp = (out, inp) if gpus == 1 else (
+        out if way.lends_out else Everything(out.dim), inp if way.lends_inp else Everything(inp.dim)
+    )  # fmt: skip
+    own = order_flops(tokens, lent_out, lent_inp)
+    left_out = inp.free * (out.flops() - lent_out.flops())
+    left_inp = out.free * (inp.flops() - lent_inp.flops())
+    return own[cheapest(own)] + left_out + left_inp
 
 
 def fold_arithmetic(model: Model, share: float) -> float:
@@ -133,19 +145,21 @@ def fold_arithmetic(model: Model, share: float) -> float:
 
 def seconds(model: Model, share: float, gpus: int, given: Assumed = ASSUMED) -> float:
     """Return the seconds of a step of a model that is sharded over some GPUs; share 0 is plain fine-tuning."""
-    work = arithmetic(model, share, given.tokens, given.length) / (given.flops * given.utilisation)
+    work = arithmetic(model, share, given.tokens, given.length, gpus) / (given.flops * given.utilisation)
     fold = fold_arithmetic(model, share) / (given.exact_flops * given.exact_utilisation) / gpus
     if gpus == 1:
         return work + fold
     counts = received_sharded(sizes(model, share), Layout(gpus))
     weights = 7 * model.blocks
-    hideable = [(FORWARD, model.blocks + 2), (BACKWARD, model.blocks + 1)]
-    waited = [(GRADIENTS, weights), (LENT, 2 * weights)] if share else []
-    hideable += [] if share else [(GRADIENTS, model.blocks + 2)]
+    reductions = weights if share else model.blocks + 2
+    hideable = [(FORWARD, model.blocks + 2), (BACKWARD, model.blocks + 1), (GRADIENTS, reductions)]
     hidden_at_most = given.overlap * sum(_together(counts[kind], calls, gpus, given) for kind, calls in hideable)
     exposed = hidden_at_most / given.overlap - min(hidden_at_most, work)
-    exposed += sum(_together(counts[kind], calls, gpus, given) for kind, calls in waited)
-    turns = math.ceil(weights / gpus) if share else 0
+    if not share:
+        return work + exposed
+    exposed += _together(counts[LENT], weights, gpus, given)
+    exposed += _pairwise(gpus * counts[RETURNED], weights, gpus, given)  # one at a time is an owner
+    turns = math.ceil(weights / gpus)
     return work + fold + exposed + _pairwise(counts[CORES] + counts[WEIGHTS], 2 * turns, gpus, given)
 
 

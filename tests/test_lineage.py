@@ -57,11 +57,11 @@ def test_one_weight_more_or_less_is_another_digest(llama_folder: Path, tmp_path:
 def test_a_method_remembers_from_update_to_update(method: str, llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     first = update(llama_folder, tmp_path / "one", rows("one"), method=method)
     assert first["carried_bytes"] > 0
-    assert (tmp_path / "one" / "memory" / "memory.safetensors").is_file()
+    assert (tmp_path / "one" / "memory" / "lorica-memory.safetensors").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path / "one")
     update(tmp_path / "one", tmp_path / "two", rows("two"), method=method)
     forgetful = tmp_path / "forgetful"
-    (tmp_path / "one" / "memory" / "memory.safetensors").unlink()
+    (tmp_path / "one" / "memory" / "lorica-memory.safetensors").unlink()
     update(tmp_path / "one", forgetful, rows("two"), method=method)
     with_memory, without = (load_file(path / "model.safetensors") for path in (tmp_path / "two", forgetful))
     assert not all(torch.equal(with_memory[key], without[key]) for key in without), "what it remembers has an effect"

@@ -94,8 +94,10 @@ def main() -> None:
         _check_launcher(sys.argv[1:])
         with handled(stop), writing(None, "the system refused to read or write"):
             app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
-    except processes.Elsewhere:
+    except processes.Elsewhere as error:
         time.sleep(2)  # a launcher ends all processes with the first, and the one with the message may be slower
+        if isinstance(error, processes.Ended):  # nor has a launcher told of it, or this one would have ended, too
+            _complain(f"lorica: {error}")
         sys.exit(BAD_INPUT)
     except LoricaError as error:
         if processes.tells():

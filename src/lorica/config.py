@@ -84,15 +84,16 @@ class UpdateConfig(BaseModel):
     osft_unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
     """mini_trainer's name for unfreeze_rank_ratio."""
 
-    ranks: Literal["uniform", "importance", "energy", "effective-rank"] = "uniform"
-    """How the protected share is handed out: uniform, importance, energy or effective-rank."""
+    ranks: Literal["uniform", "importance", "energy", "effective-rank", "marginal"] = "uniform"
+    """How the protected share is handed out: uniform, importance, energy, effective-rank or marginal (where it spares
+    most forgetting; for source curvature)."""
 
-    source: Literal["weight", "activation", "hybrid"] = "weight"
-    """What is protected: weight (top singular directions, the paper), activation (principal inputs) or hybrid
-    (both)."""
+    source: Literal["weight", "activation", "curvature", "hybrid"] = "weight"
+    """What is protected: weight (top singular directions, the paper), activation (principal inputs), curvature
+    (principal inputs and principal gradients of the outputs) or hybrid (weight and activation)."""
 
     constraint: Literal["two-sided", "input", "output", "block"] | None = None
-    """two-sided (default for weight), input (default for activation and hybrid), output or block."""
+    """two-sided (default for weight and curvature), input (default for activation and hybrid), output or block."""
 
     mrr: float | None = None
     """Minimum retention ratio of the importance ranks; 0.1 if nothing is given."""
@@ -100,12 +101,16 @@ class UpdateConfig(BaseModel):
     trr: float | None = None
     """Target retention ratio of the importance ranks; 0.8 if nothing is given."""
 
+    expected_forgetting: float | None = Field(default=None, ge=0, le=1)
+    """For ranks marginal, instead of unfreeze_rank_ratio: how much an update may be expected to make the model forget,
+    over one of the same size that nothing holds back, 0 to 1."""
+
     calibration: Literal["self", "random"] | None = None
-    """What calibrates importance, activation and hybrid: text the model writes by itself (self; the default for
+    """What calibrates importance and every source but weight: text the model writes by itself (self; the default for
     causal models) or random tokens (random; for encoder-decoders and encoders). Neither needs data."""
 
     calibration_file: str | None = None
-    """Rows whose inputs calibrate importance, activation and hybrid, instead of calibration."""
+    """Rows that calibrate importance and every source but weight, instead of calibration."""
 
     rank_schedule: list[Share] | None = None
     """Protected share of each update in order, 0 to 1, instead of unfreeze_rank_ratio; the last holds for all further
@@ -114,14 +119,24 @@ class UpdateConfig(BaseModel):
     protect_learned: float | None = Field(default=None, ge=0, le=1)
     """Protect besides what earlier updates learned: so many of its top directions, as a share of each weight's."""
 
-    remember_inputs: bool = False
-    """Count what the inputs of earlier updates were to the calibration of activation and hybrid."""
+    remember_tasks: bool = False
+    """Protect what earlier updates trained on too, by its second moments; for every source but weight."""
 
     remember_rows: int = Field(default=64, ge=1)
-    """How many training rows stand for the inputs of an update, for remember_inputs."""
+    """How many training rows stand for an update, for remember_tasks."""
+
+    remember_size: float = Field(default=0.5, gt=0)
+    """Largest size of what is remembered of updates, over that of the weights, for remember_tasks."""
+
+    rehearse: float = Field(default=0.0, ge=0)
+    """Hold what the model predicts on text that it wrote before the update: so many rows of it for each training row,
+    such as 0.25. For causal models; no old data is needed."""
+
+    rehearse_weight: float = Field(default=1.0, gt=0)
+    """Weight of what rehearse holds, beside the loss."""
 
     plan_file: str | None = None
-    """A saved, perhaps edited plan, instead of the options above."""
+    """A saved, perhaps edited plan, instead of the options above but protect_learned and rehearse."""
 
     target_modules: list[str] | None = None
     """Names or regular expressions of the weights to train. Default: all linear layers of the blocks."""
@@ -170,6 +185,10 @@ class UpdateConfig(BaseModel):
     """Step each weight as soon as the backward pass has its gradient, and free it: one gradient at a time in memory
     instead of all. Needs --max_grad_norm 0 and no gradient accumulation; the weights come out the same."""
 
+    padding_free: bool = False
+    """Lay the rows of a micro-batch end to end instead of padding them; none sees another. For causal models that can
+    keep rows apart, best with flash attention. The same loss to rounding, without the work on padding."""
+
     model_revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 
@@ -187,7 +206,8 @@ class UpdateConfig(BaseModel):
 
     allow_changed: list[str] = []
     """Training arguments that a resumed run may have other values of than it began with: learning_rate, weight_decay,
-    max_grad_norm, num_train_epochs, max_steps, and a batch size and accumulation with the same product. Repeatable."""
+    max_grad_norm, num_train_epochs, max_steps, and batch size, accumulation and world_size (how many processes there
+    are) with the same product. Repeatable."""
 
     reset_optimizer: bool = False
     """With resume_from_checkpoint: go on from a checkpoint whose optimizer state is damaged or missing, with a new one.

@@ -37,6 +37,10 @@ class Elsewhere(LoricaError):
     """Something went wrong in another process, which tells what."""
 
 
+class Ended(Elsewhere):
+    """Another process has ended, perhaps without a word."""
+
+
 def launched() -> int:
     """Return how many processes a launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE") or 1)
@@ -79,7 +83,7 @@ def working_together() -> Iterator[None]:
     except RuntimeError as error:
         if not _BROKEN_OFF.search(str(error)):
             raise
-        raise Elsewhere("another process has ended") from error
+        raise Ended("another process has ended") from error
     finally:
         _working_together = False
 
@@ -91,7 +95,7 @@ def size() -> int:
 
 def first() -> bool:
     """Tell whether this process is the one that speaks and writes."""
-    return size() == 1 or _rank() == 0
+    return size() == 1 or rank() == 0
 
 
 def tells() -> bool:
@@ -101,7 +105,7 @@ def tells() -> bool:
 
 def name() -> str:
     """Return what to call this process's own files."""
-    return f"process-{_rank()}"
+    return f"process-{rank()}"
 
 
 def largest(value: int) -> int:
@@ -131,8 +135,8 @@ def agreed() -> Iterator[None]:
     except Exception as error:
         problem = error
     ranks = size()
-    worst = largest(ranks - _rank() if problem is not None else 0)  # of the first process that has a problem
-    if problem is not None and (ranks == 1 or worst == ranks - _rank()):
+    worst = largest(ranks - rank() if problem is not None else 0)  # of the first process that has a problem
+    if problem is not None and (ranks == 1 or worst == ranks - rank()):
         raise problem
     if worst:
         raise Elsewhere(f"process {ranks - worst} could not go on") from problem
@@ -151,18 +155,24 @@ def by_first(work: Callable[[], Result]) -> Result | None:
     return result
 
 
-def together(items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
+def together(items: Sequence[Item], work: Callable[[Item], Result], *, in_step: bool = False) -> list[Result]:
     """Return what ``work`` makes of each item, in their order, each made by one of the processes.
 
     Args:
         items: the same in all processes.
         work: returns what JSON can hold.
+        in_step: the processes need each other for it, and so work as often as each other: those that have no item left
+            do the last one again. Where it fails in one of them nothing can be agreed any more; that one ends.
     """
     ranks, own = size(), []
     if ranks == 1:
         return [work(item) for item in items]
-    with agreed():
-        own = [work(item) for item in items[_rank() :: ranks]]
+    if in_step:
+        turns = range(rank(), -(-len(items) // ranks) * ranks, ranks)
+        own = [work(items[min(turn, len(items) - 1)]) for turn in turns]
+    else:
+        with agreed():
+            own = [work(item) for item in items[rank() :: ranks]]
     parts = gathered(own)
     return [parts[index % ranks][index // ranks] for index in range(len(items))]
 
@@ -181,6 +191,22 @@ def gathered(value: Any) -> list[Any]:
     parts = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
     return [json.loads(bytes(part.tolist())) for part in parts]
+
+
+def in_step(model: Any) -> bool:
+    """Tell whether all processes have to take the same passes through a model: FSDP2 has shared it out among them."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
+def reshard(model: Any) -> None:
+    """Let go of what FSDP2 keeps gathered after a pass without a backward pass; parameters are parts again."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -204,7 +230,8 @@ def of_first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _rank() -> int:
+def rank() -> int:
+    """Return the number of this process, from 0."""
     import torch.distributed as dist
 
     return dist.get_rank() if _working_together else 0

@@ -13,12 +13,15 @@ from lorica.config import UpdateConfig
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score
 from lorica.files import free_bytes
+from lorica.forecast.communication import Layout
+from lorica.forecast.devices import Share
 from lorica.forecast.needs import Disk
 from lorica.forecast.rates import memory_of
 from lorica.forecast.result import Way
 from lorica.forecast.story import device_of, expected, least_disk
 from lorica.inputs import Inputs
 from lorica.training.checkpoints import checkpoints_in
+from lorica.training.sharding import Sharding
 from lorica.units import size
 
 
@@ -39,8 +42,12 @@ def progress_bar(what: str) -> Callable[[str, int, int], None]:
     return advance
 
 
-def foreseen(config: UpdateConfig, inputs: Inputs) -> tuple[Way | None, list[str]]:
-    """Return what a run will need, and the lines that say so; call it before the model is loaded.
+def foreseen(
+    config: UpdateConfig, inputs: Inputs, sharding: Sharding | None = None
+) -> tuple[Way | Share | None, list[str]]:
+    """Return what a run will need, each process of a sharded one, and the lines that say so.
+
+    Call it before the model is loaded.
 
     Where nothing can be foretold there is one line that says why. It may be a mistake of the user's, which the method
     refuses once it has the model: tell it after that, or it is told twice.
@@ -49,25 +56,27 @@ def foreseen(config: UpdateConfig, inputs: Inputs) -> tuple[Way | None, list[str
         LoricaError: the disk has not the room for it.
     """
     try:
-        way = expected(config, inputs)
+        way = expected(config, inputs, None if sharding is None else Layout(*sharding))
     except LoricaError as error:
         told = f"memory: not forecast: {error}"
     except Exception as error:  # a model's own code may ask for values that it has none of; the run needs no forecast
         told = f"memory: not forecast: {type(error).__name__}: {' '.join(str(error).split())}"
     else:
         check_room(way.disk, config.output_dir)
-        return way, _memory_foreseen(way, config)
+        own = way if sharding is None else way.shares[-1]
+        return own, _memory_foreseen(own, config)
     least = least_disk(config, inputs)
     if least is not None:
         check_room(least, config.output_dir)
     return None, [told]
 
 
-def _memory_foreseen(way: Way, config: UpdateConfig) -> list[str]:
+def _memory_foreseen(way: Way | Share, config: UpdateConfig) -> list[str]:
     kinds = sorted(way.peak.device.items(), key=lambda kind: -kind[1])
     parts = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in kinds[:4])
     mode = f", {config.memory_mode}" if config.method == "osft" else ""
-    lines = [f"memory: about {size(way.device_bytes)} expected, in {way.peak.name} ({parts}){mode}"]
+    each = " in each process" if isinstance(way, Share) else ""
+    lines = [f"memory: about {size(way.device_bytes)} expected{each}, in {way.peak.name} ({parts}){mode}"]
     there = memory_of(device_of(config))
     if way.device_bytes > there:
         lean = "--memory_mode lean or " if config.method == "osft" and config.memory_mode == "fast" else ""

@@ -16,7 +16,6 @@ from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
 from lorica.evaluation.evaluator import Score, evaluate
 from lorica.files import Listing
-from lorica.hub import commits
 from lorica.inputs import Inputs
 from lorica.lineage import (
     candidate,
@@ -30,7 +29,7 @@ from lorica.lineage import (
 )
 from lorica.memory import size_of
 from lorica.methods import METHODS, Protection, TaskData, build_method
-from lorica.record import SCHEMA, Stopwatch, environment, peak_cuda_memory, peak_memory, redacted, write_record
+from lorica.record import Stopwatch, peak_cuda_memory, peak_memory, write_record
 from lorica.redaction import cleaned
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
@@ -41,7 +40,7 @@ from lorica.training.checkpoints import (
     kept_bases,
     remove_checkpoints,
 )
-from lorica.training.identity import check_identity, goes_by_scores, trajectory, write_identity
+from lorica.training.identity import check_identity, write_identity
 from lorica.training.in_backward import check_method
 from lorica.training.models import (
     load_model,
@@ -53,8 +52,12 @@ from lorica.training.models import (
     stock_configuration,
 )
 from lorica.training.output import check_output_dir, make_output_dir, save_model
+from lorica.training.padding_free import check_keeps_rows_apart
 from lorica.training.room import telling_the_way_on
+from lorica.training.sharded_state import whole_weights
+from lorica.training.sharding import check_sharded, launcher_settings, sharding
 from lorica.training.trainer import fit
+from lorica.update_record import identity_of, settled
 
 Say = Callable[[str], None]
 
@@ -78,9 +81,9 @@ def train(config: UpdateConfig | Mapping[str, Any], say: Say = print) -> dict[st
         Interrupted: a signal came; a checkpoint was written.
     """
     settings = config if isinstance(config, UpdateConfig) else build_config(dict(config))
-    with processes.working_together():
+    with launcher_settings() as asked, processes.working_together():
         with processes.agreed():
-            made = Update(settings, say)
+            made = Update(settings.model_copy(update={"training": asked | settings.training}), say)
         return made.run()
 
 
@@ -92,6 +95,7 @@ class Update:
         self.say = cleaned(say) if processes.first() else _silent
         self.watch = Stopwatch()
         given = check_arguments(config.training)
+        self.sharding = sharding(given)
         if config.eval_file is None and given.get("eval_strategy", "no") != "no":
             raise LoricaError("--eval_strategy needs rows to score: give --eval_file")
         self.resume = checkpoint_to_resume(
@@ -106,9 +110,11 @@ class Update:
         self.arguments = training_arguments(
             config.training, config.output_dir, hidden_size=model_width(self.model_config), seq2seq=self.seq2seq,
             learning_rate_scale=METHODS[config.method].learning_rate_scale,
-            optimizer_in_backward=config.optimizer_in_backward,
+            optimizer_in_backward=config.optimizer_in_backward, padding_free=config.padding_free,
         )  # fmt: skip
         check_trackers(self.arguments)
+        if self.sharding is not None:
+            check_sharded(self.arguments, config)
         self.inputs = Inputs(
             config, self.tokenizer, seq2seq=self.seq2seq, position_limit=position_limit(self.model_config)
         )
@@ -129,13 +135,15 @@ class Update:
             return self._run()
 
     def _run(self) -> dict[str, Any]:
-        way, lines = processes.by_first(lambda: foreseen(self.config, self.inputs)) or (None, [])
+        way, lines = processes.by_first(lambda: foreseen(self.config, self.inputs, self.sharding)) or (None, [])
         for line in lines if way else []:
             self.say(line)
         set_seed(self.arguments.seed)
         self.method.load_state_dict(self.lineage.memory(self.config.method))
         with processes.agreed():
-            model = load_model(self.config, self.model_config, self.arguments.device)
+            model = load_model(self.config, self.model_config, self.arguments.device, self.sharding)
+            if self.config.padding_free:
+                check_keeps_rows_apart(model)
         for line in self.inputs.describe():
             self.say(line)
         if told := self.lineage.notice(self.config.method):
@@ -155,15 +163,17 @@ class Update:
                 model, self.method, self.method.training_data(self._task()), self.tokenizer, self._task().collate,
                 self.arguments, eval_dataset=self.inputs.eval, resume_from_checkpoint=self.resume,
                 reset_optimizer=self.config.reset_optimizer, optimizer_in_backward=self.config.optimizer_in_backward,
+                padding_free=self.config.padding_free,
             )  # fmt: skip
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        audit = processes.by_first(lambda: self.method.audit(model))
+        audit = self.method.audit(model) if self.sharding else processes.by_first(lambda: self.method.audit(model))
         if audit is not None:
             self.say(audit.verdict())
         self.method.end_task(model, self._task())
-        files = processes.by_first(lambda: self._save(model, output_dir)) or {}  # what was trained is safe then
+        files = self._save(model, output_dir)  # what was trained is safe then
         after = self._scores(model, "after")
-        record = self._settled(plan, log, before, after) | {
+        record = settled(self.config, self.arguments, self.inputs, plan, log) | {
+            "scores": {"before": before, "after": after},
             "parent": self.lineage.to_json(),
             "weights_sha256": combined(files),
             "files": files,
@@ -186,7 +196,12 @@ class Update:
 
     def _save(self, model: Any, output_dir: Path) -> Listing:
         target = output_dir if self.config.max_forgetting is None else candidate(output_dir)
-        return save_model(model, self.tokenizer, target) | keep_memory(target, self.method.state_dict())
+        weights = whole_weights(model) if self.sharding else None
+
+        def written() -> Listing:
+            return save_model(model, self.tokenizer, target, weights) | keep_memory(target, self.method.state_dict())
+
+        return processes.by_first(written) or {}
 
     def _cost(self, trainable: int) -> dict[str, Any]:
         return {
@@ -199,6 +214,8 @@ class Update:
     def _begin(self, model: Any) -> Plan | None:
         self.method.kept = kept_bases(self.resume)
         what = "splitting weights" if self.method.kept is None else "reading the bases of the weights"
+        if self.config.rehearse:
+            self.say("rehearsal: the model first writes text of its own, about 32,000 tokens")
         self.method.begin_task(model, self._task(), progress=progress_bar(what))
         if self.config.optimizer_in_backward:
             check_method(self.method)
@@ -247,20 +264,9 @@ class Update:
         return TaskData(Path(self.config.source_of_rows).stem, index, index + 1, rows, collate, self.arguments.seed)
 
     def _identity(self) -> dict[str, Any]:
-        """Return everything on which the trained weights depend."""
-        not_weights = {"output_dir", "eval_file", "retention_file", "max_forgetting", "training", "skip_invalid_rows"}
-        not_weights |= {"optimizer_in_backward"}  # the same steps in another order
-        not_weights |= {"allow_changed", "reset_optimizer", "allow_pickle", "require_pinned", "trust_remote_code"}
-        not_weights |= {"train_file"}  # its contents count, wherever they are now
-        not_weights |= {"model_name_or_path"} if self.lineage.weights_sha256 else set()
-        own = self.config.model_dump(mode="json", exclude=not_weights)
-        rows = {"sha256 of the training rows": self.inputs.train.sha256}
-        rows |= {"sha256 of the training rows as tokens": self.inputs.train.digest()}
-        if self.inputs.eval is not None and goes_by_scores(self.arguments):
-            rows |= {"sha256 of the rows of --eval_file": self.inputs.eval.sha256}
-        model = {"sha256 of the model": self.lineage.weights_sha256}
-        identity: dict[str, Any] = redacted(own | trajectory(self.arguments) | rows | model)
-        return identity
+        return identity_of(
+            self.config, self.arguments, self.inputs, self.lineage, sharded=self.sharding is not None
+        )  # fmt: skip
 
     def _scores(self, model: Any, when: str) -> dict[str, Any]:
         size = self.arguments.per_device_eval_batch_size
@@ -279,29 +285,3 @@ class Update:
         length = f"{a.max_steps} steps" if a.max_steps > 0 else f"{a.num_train_epochs:g} epochs"
         rows = a.per_device_train_batch_size * a.gradient_accumulation_steps * a.world_size
         return f"training: learning rate {a.learning_rate:.2g}, {length}, {rows} rows a step, seed {a.seed}"
-
-    def _settled(self, plan: Plan | None, log: list[dict[str, float]], before: Any, after: Any) -> dict[str, Any]:
-        """Return the part of the record that needs no measuring."""
-        config = self.config
-        return {
-            "schema": SCHEMA,
-            "kind": "train",
-            "method": config.method,
-            "label": config.method,
-            "seed": self.arguments.seed,
-            "model": redacted(config.model_name_or_path),
-            "commits": commits(config.model_name_or_path, config.model_revision),
-            "learning_rate": self.arguments.learning_rate,
-            "scores": {"before": before, "after": after},
-            "loss_curve": [
-                {"step": row["step"], "loss": row["loss"], "learning_rate": row.get("learning_rate")}
-                for row in log
-                if "loss" in row
-            ],
-            "notices": [row for row in log if "notice" in row],
-            "data": redacted(self.inputs.summaries()),
-            "plan": plan.records() if plan else [],
-            "config": redacted(config.model_dump(mode="json")),
-            "training_arguments": redacted(self.arguments.to_sanitized_dict()),
-            **environment(),
-        }

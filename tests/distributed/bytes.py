@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -23,8 +24,9 @@ class Received(TorchDispatchMode):
     """Counts the bytes that collectives bring this process, by the pass they are called in and their kind.
 
     A gather brings what the output has more than the input, a reduce-scatter as much as it takes away, an all-reduce
-    2 (R - 1) / R of its tensor, a broadcast its tensor unless it is this process's own, and an all-to-all all but what
-    stays. The kernel counts the same of gloo, but twice as much in a reduce-scatter, which gloo makes of an all-reduce.
+    2 (R - 1) / R of its tensor, a reduce half of that as a mean over the processes, a broadcast its tensor unless it is
+    this process's own, and an all-to-all all but what stays. The kernel counts the same of gloo, but twice as much in a
+    reduce-scatter, which gloo makes of an all-reduce, and 1 + 1 / R as much in a reduce.
 
     Attributes:
         total: bytes by pass and kind, such as "backward, broadcast".
@@ -64,6 +66,8 @@ def _of_group(name: str, args: Any, result: Any) -> tuple[str, int]:
             return "reduce-scatter", args[1].nbytes - args[0].nbytes
         case "allreduce_":
             return "all-reduce", 2 * (ranks - 1) * _nbytes(args[0]) // ranks
+        case "reduce_":
+            return "reduce", (ranks - 1) * _nbytes(args[0]) // ranks
         case "broadcast_":
             return "broadcast", 0 if rank == args[2] else _nbytes(args[0])
         case "alltoall_base_":
@@ -106,7 +110,9 @@ def from_sockets() -> int:
 
 
 def _received(descriptor: int) -> int:
-    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as one:
-        told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        return int(struct.unpack_from("Q", told, _RECEIVED)[0])
-    return 0  # no socket of TCP, or the folder that was listed and is closed by now
+    with suppress(OSError):  # no TCP, or the folder that was listed and is closed by now
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            with socket.socket(fileno=os.dup(descriptor)) as one:
+                told = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+                return int(struct.unpack_from("Q", told, _RECEIVED)[0])
+    return 0

@@ -29,6 +29,7 @@ from lorica.forecast.communication import (
     FORWARD,
     GRADIENTS,
     LENT,
+    RETURNED,
     WEIGHTS,
     Layout,
     blocks_of,
@@ -138,7 +139,8 @@ def check(setup: str, layout: Layout, micro_batches: int = 1) -> None:
         FORWARD: counts["forward, gather"],
         BACKWARD: counts["backward, gather"],
         LENT: counts["backward, broadcast"],
-        GRADIENTS: counts["backward, reduce-scatter"] + counts["backward, all-reduce"],
+        GRADIENTS: sum(counts[f"backward, {kind}"] for kind in ("reduce", "reduce-scatter", "all-reduce")),
+        RETURNED: counts["backward, all-to-all"],
     }
     for kind, nbytes in by_kind.items():
         assert nbytes == pytest.approx(forecast[kind], rel=TOLERANCE), kind
@@ -169,8 +171,8 @@ def test_two_replicas_of_two_shards(setup: str) -> None:
 @pytest.mark.parametrize("setup", SETUPS)
 def test_the_kernel_counts_the_same(setup: str, size: int) -> None:
     counts = measured(setup, Layout(size))
-    twice = counts["backward, reduce-scatter"]  # gloo makes it of an all-reduce
-    assert counts["sockets"] == pytest.approx(of_collectives(counts) + twice, rel=TOLERANCE)
+    more = counts["backward, reduce-scatter"] + counts["backward, reduce"] / size  # as gloo makes them
+    assert counts["sockets"] == pytest.approx(of_collectives(counts) + more, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -182,6 +184,7 @@ COLLECTIVES: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
     "gather": lambda whole, part: dist.all_gather_into_tensor(whole, part),
     "reduce-scatter": lambda whole, part: dist.reduce_scatter_tensor(part, whole),
     "all-reduce": lambda whole, part: dist.all_reduce(whole),
+    "reduce": lambda whole, part: dist.reduce(whole, dst=1),
     "broadcast": lambda whole, part: dist.broadcast(whole, src=1),
     "all-to-all": lambda whole, part: dist.all_to_all_single(torch.empty_like(whole), whole),
 }
@@ -195,10 +198,13 @@ def test_each_rule_of_counting_is_the_kernels(size: int) -> None:
         whole, part = torch.ones(2**20), torch.ones(2**20 // size)
         return {kind: _both(partial(call, whole, part)) for kind, call in COLLECTIVES.items()}
 
-    for told in on_ranks(size, work):
-        for kind, (counted, from_kernel) in told.items():
-            twice = 2 if kind == "reduce-scatter" else 1
-            assert from_kernel == pytest.approx(twice * counted, rel=0.01, abs=5000), kind
+    told = on_ranks(size, work)
+    for kind, factor in {**dict.fromkeys(COLLECTIVES, 1.0), "reduce-scatter": 2.0, "reduce": 1 + 1 / size}.items():
+        pairs = [one[kind] for one in told]
+        if kind == "reduce":  # its rule is of the mean
+            pairs = [[round(mean(numbers)) for numbers in zip(*pairs, strict=True)]]
+        for counted, from_kernel in pairs:
+            assert from_kernel == pytest.approx(factor * counted, rel=0.01, abs=5000), kind
 
 
 def _both(call: Callable[[], Any]) -> list[int]:

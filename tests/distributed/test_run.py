@@ -30,6 +30,7 @@ from tests.distributed.ranks import on_ranks
 from tests.experiments import conftest
 from tests.experiments.conftest import Write, llama_folder, write  # noqa: F401
 from tests.experiments.test_classifier import bert_folder, labelled  # noqa: F401
+from tests.methods.little_text import little_text  # noqa: F401
 from tests.reliability.interruptions import quick_updates, stopped_at
 from tests.training.conftest import byte_tokenizer
 
@@ -46,8 +47,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 FORMS: dict[str, dict[str, Any]] = {
     "osft-block": {"constraint": "block"},
-    "osft-remembering": {"source": "activation", "remember_inputs": True, "remember_rows": 4, "protect_learned": 0.1},
+    "osft-remembering": {"source": "activation", "remember_tasks": True, "remember_rows": 4, "protect_learned": 0.1},
     "osft-lean": {"memory_mode": "lean"},
+    "osft-rehearsing": {"rehearse": 0.5},
 }
 """Further forms of ``osft``, by the name of their settings."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from functools import cache
@@ -24,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.optim import AdamW
 
 import lorica
-from lorica.constrain.protect import protected_layers
+from lorica.constrain.protect import bases_of, protected_layers, protected_of
 from lorica.errors import LoricaError
 from tests.builders import batch, tiny, trainable
 from tests.distributed.ranks import on_ranks
@@ -264,16 +265,38 @@ def test_a_weight_that_cannot_be_split_stops_all_processes(tmp_path: Path) -> No
     assert sum("could not protect its share of the weights; see its message" in text for text in told) == 1
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"ranks": "energy"}, "ranks 'energy' .make the plan on one device"), ({"source": "activation"}, "'activation'")],
-)
-def test_plans_that_need_whole_weights_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_only_an_owner_can_tell(tmp_path: Path) -> None:
     folder = save("llama", tmp_path)
 
+    def work(rank: int) -> int:
+        model = load_sharded(folder, 2)
+        lorica.protect(model, plan_of_shapes(model))
+        layers = list(protected_layers(model).values())
+        own = [layer for layer in layers if layer.shards.mine]
+        for layer in layers:
+            with pytest.raises(LoricaError, match="the core of this layer is sharded over processes"):
+                layer.delta()
+            with pytest.raises(LoricaError, match="cannot be copied or pickled; save its state"):
+                copy.deepcopy(layer)
+            if layer in own:
+                assert protected_of(layer).u_MA.shape[1] == int(0.75 * min(layer.weight.shape))
+            else:
+                with pytest.raises(LoricaError, match=f"lie at another process, number {1 - rank}"):
+                    protected_of(layer)
+        assert {name.rpartition("_proj")[0] for name in bases_of(model)} == {
+            name.rpartition("_proj")[0] for name, layer in protected_layers(model).items() if layer in own
+        }
+        return len(own)
+
+    assert sum(on_ranks(2, work)) == 14
+
+
+def test_a_layer_that_is_a_unit_by_itself_is_refused() -> None:
     def work(rank: int) -> None:
-        with pytest.raises(LoricaError, match=message):
-            lorica.plan(load_sharded(folder, 2), calibration="random" if "source" in options else None, **options)
+        model = nn.Sequential(nn.Linear(4, 4))
+        fully_shard(model[0])
+        with pytest.raises(LoricaError, match="0 was given to fully_shard by itself; give it the block"):
+            lorica.plan(model, 0.5, target_modules="0")
 
     on_ranks(2, work)
 

@@ -17,11 +17,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+import lorica.update
 from lorica.config import build_config
 from lorica.constrain.bases import Bases
 from lorica.errors import Interrupted, LoricaError
+from lorica.methods.rehearsal import Rehearsal
 from lorica.update import train
 from tests.distributed.ranks import on_ranks
+from tests.methods.little_text import little_text  # noqa: F401
 from tests.reliability.interruptions import stopped_at
 from tests.training.conftest import llama_folder  # noqa: F401
 
@@ -105,8 +108,11 @@ def test_a_signal_to_one_process_stops_both_after_one_step(
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
-def test_dropout_of_each_process_goes_on_where_it_was(llama_folder: Path, rows: Path, tmp_path: Path) -> None:
-    run = partial(updated, llama_folder, rows, rows_at_once=2, attn_implementation="eager")
+@pytest.mark.parametrize("given", [{}, {"rehearse": 0.5}], ids=["dropout", "dropout and rehearsed texts"])
+def test_what_each_process_draws_goes_on_where_it_was(
+    given: dict[str, Any], llama_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    run = partial(updated, llama_folder, rows, rows_at_once=2, attn_implementation="eager", **given)
     on_two(run, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
     for name in ("lorica.json", "model.safetensors", "checkpoint-6", "checkpoint-4"):
@@ -115,6 +121,36 @@ def test_dropout_of_each_process_goes_on_where_it_was(llama_folder: Path, rows: 
     on_two(run, tmp_path / "out", resume_from_checkpoint="true")
     mine, theirs = weights(tmp_path / "out"), weights(tmp_path / "whole")
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_processes_rehearse_different_texts_and_stay_one_model(model_folder: Path, rows: Path, tmp_path: Path) -> None:
+    def watched(rank: int) -> list[Any]:
+        drawn: list[list[int]] = []
+        cores: list[float] = []
+        draw, trained = Rehearsal._draw, lorica.update.fit
+
+        def noted(self: Rehearsal, count: int) -> list[int]:
+            found = draw(self, count)
+            if len(self.texts) > 1:  # the forecast's has one
+                drawn.append(found)
+            return found
+
+        def fit(model: Any, *args: Any, **given: Any) -> Any:
+            log = trained(model, *args, **given)
+            cores.extend(float(p.detach().double().sum()) for p in model.parameters() if p.requires_grad)
+            return log
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Rehearsal, "_draw", noted)
+            patch.setattr(lorica.update, "fit", fit)
+            updated(model_folder, rows, tmp_path / "out", 2, [], rehearse=1.0, rehearse_weight=100.0)
+        return [drawn, cores]
+
+    (drawn, cores), (others, same) = on_ranks(2, watched)
+    assert len(drawn) == len(others) == STEPS
+    assert all(one != two for one, two in zip(drawn, others, strict=True))
+    assert any(cores)
+    assert cores == same, "else a process has followed its own texts alone"
 
 
 def test_a_mistake_is_told_by_one_process(model_folder: Path, tmp_path: Path) -> None:
@@ -152,7 +188,6 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(model_folder: Path, 
     ("given", "message"),
     [
         ({"optimizer_in_backward": True}, "--optimizer_in_backward is for one process"),
-        ({"fsdp": "full_shard"}, "--fsdp is not taken: Lorica's commands keep a copy of the model in every process"),
         ({"deepspeed": "x.json"}, "--deepspeed is not taken"),
         ({"ddp_timeout": 60}, "--ddp_timeout is not taken"),
         ({"accelerator_config": {"even_batches": False}}, "--accelerator_config: even_batches"),

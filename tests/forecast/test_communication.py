@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 import lorica
 from lorica.cli import app
+from lorica.constrain.exchange import Exchange
 from lorica.errors import LoricaError
 from lorica.forecast.communication import (
     BACKWARD,
@@ -22,7 +25,9 @@ from lorica.forecast.communication import (
     FORWARD,
     GRADIENTS,
     LENT,
+    RETURNED,
     WEIGHTS,
+    Layer,
     Layout,
     Matrix,
     Sizes,
@@ -41,7 +46,14 @@ from tests.builders import tiny
 from tests.forecast.conftest import Folder
 
 GPU = Machine("cuda", "a GPU", 8 * 10**9, process=10**8, flops=1e14, narrow_flops=2e14, bandwidth=1e12)
-OURS = Sizes(parameters=1000, kept=200, unit=100, gradients=0, folded=600, cores=80, bases=120, lent=60, lent_at_once=6)
+WAYS = (
+    Exchange(True, True, lent=30, reduced=20, returned=0),
+    Exchange(False, True, lent=12, reduced=24, returned=20),
+    Exchange(True, False, lent=18, reduced=28, returned=20),
+)
+OURS = Sizes(
+    parameters=1000, kept=200, unit=100, gradients=0, folded=600, cores=80, bases=120, layers=(Layer(2, WAYS),)
+)
 PLAIN = Sizes(parameters=1000, kept=200, unit=100, gradients=1000)
 
 
@@ -54,15 +66,16 @@ def test_plain_fine_tuning_by_hand() -> None:
 
 
 def test_cores_by_hand() -> None:
-    expected = {FORWARD: 2 * 750, BACKWARD: 2 * 600, LENT: 2 * 45, GRADIENTS: 2 * 60, CORES: 15, WEIGHTS: 112}
-    assert received_sharded(OURS, Layout(4), 2) == expected
+    passes, fold = {FORWARD: 2 * 750, BACKWARD: 2 * 600}, {CORES: 15, WEIGHTS: 112}
+    halfway = {LENT: 2 * 18, GRADIENTS: 2 * 36, RETURNED: 15}  # of 24, 48 and 40 bytes
+    assert received_sharded(OURS, Layout(4), 2) == passes | halfway | fold
     wrapped = received_sharded(OURS, Layout(4), 2, wrapped=True)
-    assert wrapped == expected | {FORWARD: 2 * 810, BACKWARD: 2 * 660}
+    assert wrapped == {FORWARD: 2 * 810, BACKWARD: 2 * 660, LENT: 2 * 45, GRADIENTS: 2 * 60} | fold
 
 
 def test_replicas_exchange_their_parts_of_the_gradients_besides() -> None:
     one, three = (received_sharded(OURS, Layout(4, replicas)) for replicas in (1, 3))
-    assert three - one == {GRADIENTS: round(2 * 2 / 3 * 80 / 4)}
+    assert three - one == {GRADIENTS: round(2 * 2 / 3 * 40 / 4)}  # in the dtype of the weight
 
 
 def test_ddp_by_hand() -> None:
@@ -77,7 +90,8 @@ def test_one_device_receives_nothing() -> None:
 
 @given(st.integers(1, 200), st.integers(1, 8), st.integers(1, 4))
 def test_more_processes_receive_more_of_all_but_the_fold(shards: int, replicas: int, accumulation: int) -> None:
-    big = Sizes(*(10**6 * value for value in vars(OURS).values()))
+    counts = {name: 10**6 * value for name, value in vars(OURS).items() if isinstance(value, int)}
+    big = replace(OURS, **counts, layers=tuple(layer._replace(width=10**6 * layer.width) for layer in OURS.layers))
     one, more = (received_sharded(big, Layout(r, replicas), accumulation) for r in (shards, shards + 1))
     for kind in (FORWARD, BACKWARD, LENT):
         assert one[kind] < more[kind] < accumulation * big.parameters
@@ -120,8 +134,9 @@ def test_sizes_from_shapes_are_those_of_the_model() -> None:
         assert counted.kept == formula.kept + 2 * 64
         assert counted.unit == formula.unit == 2 * 64000  # the embeddings; the blocks are smaller
         assert sizes_of(model, blocks_of(model)).unit == 2 * (sum(m * n for m, n in shapes) + 2 * 64)
-        for name in ("folded", "cores", "bases", "lent", "lent_at_once"):
+        for name in ("folded", "cores", "bases"):
             assert getattr(counted, name) == getattr(formula, name), name
+        assert Counter(counted.layers) == Counter(formula.layers)  # in another order
         lorica.release(model)
 
 
@@ -141,8 +156,8 @@ def test_the_state_is_shared_out() -> None:
         "optimizer states": 40,
     }
     assert state_sharded(PLAIN, 4) == {"weights": 250, "gradients": 250, "optimizer states": 500}
-    assert gathered(OURS) == 200 + 200 + 6
-    assert gathered(PLAIN) == 200 + 200 + 100
+    assert gathered(OURS, 4) == 200 + 200 + 24 + 48
+    assert gathered(PLAIN, 4) == 200 + 200 + 100
 
 
 def told(folder: str, **options: Any) -> Forecast:

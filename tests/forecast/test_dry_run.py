@@ -12,7 +12,7 @@ import lorica
 from lorica.config import UpdateConfig
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
-from lorica.forecast.dry_model import begin, blank_model
+from lorica.forecast.dry_model import assumptions, begin, blank_model
 from lorica.forecast.dry_run import Batch, Step, dry_step
 from lorica.methods import TaskData
 from lorica.training.arguments import training_arguments
@@ -175,3 +175,27 @@ def test_flash_attention_need_not_be_installed_and_plain_attention_keeps_the_sco
     )
     assert flash == sdpa
     assert eager - sdpa >= 2 * 4 * 512 * 512 * 4  # both layers' scores of four heads
+
+
+def test_rehearsal_is_a_second_pass_of_texts_of_full_length(config_folder: Folder) -> None:
+    folder = config_folder("llama")
+    options = {"unfreeze_rank_ratio": 0.5}
+
+    def flops(step: Step) -> int:
+        return sum(op.flops * n for op, n in step.micro.items())
+
+    plain, texts, both = (
+        take(folder, **options),
+        take(folder, Batch(2, 64), **options),
+        take(folder, rehearse=0.5, **options),
+    )
+    assert flops(both) == pytest.approx(flops(plain) + flops(texts), rel=0.02)
+    assert both.trainable == plain.trainable
+    assert both.peak.total() - plain.peak.total() > 0.8 * texts.peak["activations"]
+    config = UpdateConfig(model_name_or_path=folder, train_file="rows.jsonl", output_dir="out", rehearse=0.5)
+    assert any(line.startswith("rehearse: ") for line in assumptions(config))
+
+
+def test_rehearsal_of_an_encoder_decoder_is_refused(config_folder: Folder) -> None:
+    with pytest.raises(LoricaError, match="rehearse is for causal models"):
+        take(config_folder("t5"), Batch(2, 8, 8), rehearse=0.5)

@@ -108,6 +108,25 @@ def test_the_data_set_the_batch_and_the_steps(llama_with_tokenizer: str, write: 
     assert (cut.batch.length, cut.steps) == (5, 11)
 
 
+def test_rows_end_to_end_are_as_long_as_their_sum_and_have_a_mask(
+    llama_with_tokenizer: str, write: Callable[[list[int]], str]
+) -> None:
+    file = write([4, 90, 5, 6, 4, 4, 7])
+    padded, flat, flash = (
+        told(llama_with_tokenizer, train_file=file, max_length=100, **given)
+        for given in ({}, {"padding_free": True}, {"padding_free": True, "attn_implementation": "flash_attention_2"})
+    )
+    assert (padded.batch.rows, padded.batch.length) == (2, 90)
+    assert [(one.batch.rows, one.batch.length, one.batch.masked) for one in (flat, flash)] == [
+        (1, 97, True), (1, 97, False),
+    ]  # fmt: skip
+    peaks = [one.ways[1].device_bytes for one in (padded, flat, flash)]
+    assert peaks[2] < peaks[1] < peaks[0]
+    assert peaks[1] - peaks[2] >= 97 * 97
+    nothing = told(llama_with_tokenizer, padding_free=True)
+    assert (nothing.batch.rows, nothing.batch.length) == (1, 32)
+
+
 def test_time_is_that_of_the_mean_batch_and_memory_that_of_the_largest(
     llama_with_tokenizer: str, write: Callable[[list[int]], str]
 ) -> None:

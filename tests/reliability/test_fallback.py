@@ -158,7 +158,7 @@ def test_every_file_of_a_finished_model_counts(llama_folder: Path, tmp_path: Pat
     update(llama_folder, out, rows_file(tmp_path), method="replay")
     assert [str(one) for one in verify(out)] == ["model: complete and unchanged"]
     listed = json.loads((out / "lorica.json").read_text())["files"]
-    assert {"model.safetensors", "config.json", "tokenizer.json", "memory/memory.safetensors"} <= listed.keys()
+    assert {"model.safetensors", "config.json", "tokenizer.json", "memory/lorica-memory.safetensors"} <= listed.keys()
     for name in listed:
         before = (out / name).read_bytes()
         flip(out / name)

@@ -280,7 +280,7 @@ def test_a_removed_folder_is_whole_or_has_another_name(tmp_path: Path) -> None:
 
 def test_a_moved_folder_can_be_moved_again(tmp_path: Path) -> None:
     root = tmp_path / "root"
-    for name in ("new/config.json", "new/model.safetensors", "new/memory/memory.safetensors"):
+    for name in ("new/config.json", "new/model.safetensors", "new/memory/lorica-memory.safetensors"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     (root / "goal").mkdir()
@@ -289,7 +289,7 @@ def test_a_moved_folder_can_be_moved_again(tmp_path: Path) -> None:
         folder = image.restore(tmp_path / "image")
         move_into(folder / "new", folder / "goal")
         assert {path.name for path in (folder / "goal").rglob("*") if path.is_file()} == {
-            "config.json", "model.safetensors", "memory.safetensors",
+            "config.json", "model.safetensors", "lorica-memory.safetensors",
         }, str(image)  # fmt: skip
 
 

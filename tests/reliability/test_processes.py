@@ -33,7 +33,7 @@ def test_a_launcher_with_one_process_is_taken(tmp_path: Path, monkeypatch: pytes
 def test_settings_of_the_launcher_are_not_ignored(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(
-        LoricaError, match=f"accelerate's configuration asks for {engine}: Lorica's commands keep a copy"
+        LoricaError, match=f"accelerate's configuration asks for {engine}, which this does not take; lorica train"
     ):
         training_arguments({}, str(tmp_path), hidden_size=64, seq2seq=False)
 

@@ -23,7 +23,7 @@ from lorica.errors import Interrupted, LoricaError
 from lorica.subspace.basis import Everything, Explicit, Reflector
 from lorica.subspace.derived import Derived
 from lorica.training.checkpoints import kept_bases
-from lorica.training.identity import CHANGEABLE
+from lorica.training.identity import CHANGEABLE, PROCESSES
 from lorica.training.manifest import write_manifest
 from lorica.verification import verify
 from tests.builders import plan_for, tiny
@@ -39,7 +39,7 @@ SIX = {
 
 GO_ON = {"resume_from_checkpoint": "true"}
 
-QUICK = ("mid-epoch", "activation, lean", "in the backward pass")
+QUICK = ("mid-epoch", "activation, lean", "in the backward pass", "padding-free")
 CASES: dict[str, dict[str, Any]] = {
     "mid-epoch": {},
     "activation, lean": {"source": "activation", "calibration": "random", "memory_mode": "lean"},
@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "block": {"constraint": "block", "lr_scheduler_type": "constant"},
     "grouped by length": {"train_sampling_strategy": "group_by_length"},
     "workers": {"dataloader_num_workers": 2},
+    "padding-free": {"padding_free": True},
     "lean": {"memory_mode": "lean"},
     "hybrid": {"source": "hybrid", "calibration": "random"},
     "also the norms": {"train_also": ["norm"], "weight_decay": 0.1},
@@ -430,4 +431,4 @@ def test_a_schedule_that_goes_by_what_it_saw_takes_no_other_rate(llama_folder: P
 def test_every_changeable_setting_is_one_of_the_trainers() -> None:
     from transformers import TrainingArguments
 
-    assert set(CHANGEABLE) <= set(TrainingArguments.__dataclass_fields__)
+    assert set(CHANGEABLE) - {PROCESSES} <= set(TrainingArguments.__dataclass_fields__)

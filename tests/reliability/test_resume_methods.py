@@ -20,12 +20,14 @@ from lorica.training.arguments import training_arguments
 from lorica.training.checkpoints import kept_bases, newest_complete
 from lorica.training.trainer import fit
 from tests.builders import tiny
+from tests.methods.little_text import little_text  # noqa: F401
 from tests.methods.test_conformance import CASES, build, tasks_for
 from tests.reliability.interruptions import stopped_at
 
 STEPS = 5
 QUICK = (
-    "osft", "osft-block", "osft-remembering", "osft-factored", "osft-gradient", "lora", "pissa", "ewc", "replay",
+    "osft", "osft-block", "osft-remembering", "osft-rehearsing", "osft-curvature-block", "osft-factored",
+    "osft-gradient", "lora", "pissa", "ewc", "replay",
 )  # fmt: skip
 """Each has something of its own to go on with."""
 

@@ -70,7 +70,7 @@ def test_no_file_of_an_update_or_a_run_is_a_pickle(finished: Path) -> None:
 @pytest.mark.reliability("S1", "S3")
 def test_no_file_of_a_sweep_or_of_methods_with_memories_and_adapters_is_one(llama_folder: Path, tmp_path: Path) -> None:
     run(stream_of(tmp_path / "data", ("one",)), llama_folder, tmp_path / "runs", learning_rates=[1e-3, 1e-2])
-    options = {"source": "activation", "calibration": "random", "remember_inputs": True}
+    options = {"source": "activation", "calibration": "random", "remember_tasks": True}
     methods = {"osft": {"method": "osft", "options": options}, "lora": {"method": "lora"}, "ewc": {"method": "ewc"}}
     run(stream_of(tmp_path / "data", methods=methods), llama_folder, tmp_path / "runs", save_models=True)
     outputs = files_in(tmp_path / "runs")

@@ -19,7 +19,7 @@ from lorica.config import build_config
 from lorica.lineage import weights_sha256
 from lorica.told import memory_told
 from lorica.training import output
-from lorica.training.checkpoints import load_weights
+from lorica.training.model_state import load_weights
 from lorica.training.models import read_model, read_model_config
 from lorica.training.output import save_model
 from lorica.update import train as update

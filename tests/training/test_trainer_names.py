@@ -12,7 +12,7 @@ from lorica.training.trainer import MethodMixin
 OVERRIDDEN = {
     "create_optimizer", "train", "log", "evaluate", "compute_loss", "training_step", "get_batch_samples",
     "prediction_step", "_run_epoch", "_load_from_checkpoint", "_load_best_model", "_save", "_get_grad_norm",
-    "_get_num_items_in_batch",
+    "_get_num_items_in_batch", "get_train_dataloader",
 }  # fmt: skip
 READ = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_save_checkpoint")
 

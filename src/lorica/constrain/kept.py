@@ -1,4 +1,4 @@
-"""What the weights were split into when a task began, as one file beside its checkpoints.
+"""What the weights were split into when a task began, as files beside its checkpoints: one, or one of each process.
 
 A resumed run takes its bases from there. Split again, on another machine or by another library, they could have other
 last bits, in a degenerate spectrum even other directions, and a core that belongs to other bases is another weight.
@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lorica import processes
 from lorica.errors import LoricaError
 from lorica.files import make_folder, sha256, written_aside
 from lorica.subspace.plan import Plan
@@ -67,6 +68,26 @@ def _pieces(plan: Plan, same: Mapping[str, str], stored: Mapping[str, Tensor]) -
         yield flat.view(torch.uint8).numpy().data
 
 
+def write_held(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Write the bases that all processes hold, each tensor by the first one that holds it; see ``write_bases``.
+
+    Args:
+        folder: of the run.
+        tensors: those of this process.
+
+    Returns:
+        The SHA-256 of each file that was written, here or by another process, by its name in the folder.
+    """
+    earlier = processes.gathered(sorted(tensors))[: processes.rank()]
+    own = {name: tensor for name, tensor in tensors.items() if not any(name in held for held in earlier)}
+    file = BASES if processes.first() else str(Path(BASES).with_stem(processes.name()))
+    written = {}
+    with processes.agreed():
+        if own or processes.first():  # the plan counts without bases, too
+            written[file] = write_bases(folder / file, plan, own)
+    return {name: digest for one in processes.gathered(written) for name, digest in one.items()}
+
+
 def bases_problem(file: Path, digest: str) -> str | None:
     """Return why a file is not the one that a checkpoint belongs to; None: it is."""
     if not file.is_file():
@@ -81,24 +102,28 @@ class KeptBases:
 
     Args:
         file: whose SHA-256 has been compared with the one that was noted; see ``bases_problem``.
+        others: of further processes, the same.
 
     Raises:
-        LoricaError: it cannot be read.
+        LoricaError: one cannot be read.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, *others: Path) -> None:
         self.file = file
-        try:
-            with safe_open(str(file), framework="pt") as source:
-                told = source.metadata()
-                self._names = set(source.keys())
-            self.plan = Plan.model_validate_json(told[_PLAN])
-            self._same: dict[str, str] = json.loads(told[_SAME])
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError) as error:
-            raise LoricaError(f"{file}: cannot read the bases: {error}") from error
+        self._files: dict[str, Path] = {}
+        self._same: dict[str, str] = {}
+        for one in (file, *others):
+            try:
+                with safe_open(str(one), framework="pt") as source:
+                    told = source.metadata()
+                    self._files |= dict.fromkeys(source.keys(), one)
+                self.plan = Plan.model_validate_json(told[_PLAN])
+                self._same |= json.loads(told[_SAME])
+            except (OSError, SafetensorError, KeyError, TypeError, ValueError, ValidationError) as error:
+                raise LoricaError(f"{one}: cannot read the bases: {error}") from error
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names or name in self._same
+        return name in self._files or name in self._same
 
     def place(self, name: str) -> str:
         """Return the name under which a tensor is stored: the same for all that are one."""
@@ -112,6 +137,7 @@ class KeptBases:
         """
         if name not in self:
             raise LoricaError(f"{self.file} does not belong to this model: it holds no {name}")
-        with safe_open(str(self.file), framework="pt") as source:
-            found: Tensor = source.get_tensor(self.place(name)).clone()
+        place = self.place(name)
+        with safe_open(str(self._files[place]), framework="pt") as source:
+            found: Tensor = source.get_tensor(place).clone()
         return found

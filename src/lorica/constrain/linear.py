@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.constrain.core import Core, forget, register
 from lorica.constrain.reduced import ReducedLinear, lift, shared_product
-from lorica.constrain.sharded import Lent, Shards, settle
 from lorica.constrain.sharded import fold as fold_sharded
+from lorica.constrain.sharded import settle
+from lorica.constrain.sharded_layer import ShardedLayer
 from lorica.errors import LoricaError
 from lorica.subspace.basis import Basis
 
@@ -33,7 +34,7 @@ class Aside(NamedTuple):
     bases: tuple[Basis, Basis] | None
 
 
-class SubspaceLayer(nn.Module):
+class SubspaceLayer(ShardedLayer):
     """What the protected forms of ``nn.Linear`` and GPT-2's ``Conv1D`` share.
 
     The weight is
@@ -52,18 +53,8 @@ class SubspaceLayer(nn.Module):
             where it is; empty where another process owns it.
         out_basis: Q_U.
         in_basis: Q_V.
-        shards: where the parts of the layer lie, once FSDP2 has sharded it.
     """
 
-    base: Tensor
-    core: nn.Parameter
-    out_basis: Basis
-    in_basis: Basis
-    _plain: tuple[nn.Linear | Conv1D]
-    _exact: tuple[Basis, Basis] | None
-    """The bases of the fold, where those of the gradient are narrower; beside W0, so in no list of submodules."""
-    _folded: tuple[int, ...]
-    shards: Shards | None = None
     transposed = False
     """Whether the weight is stored (in, out)."""
 
@@ -83,28 +74,6 @@ class SubspaceLayer(nn.Module):
         layer.__dict__.update(plain.__dict__ | own)  # hooks are shared
         layer._plain = (plain,)  # in a tuple: not a submodule
         layer._install(out_basis, in_basis, aside)
-        return layer.train(plain.training)
-
-    @classmethod
-    def wrap_sharded(cls, plain: nn.Linear | Conv1D, base: Tensor, bases: tuple[Basis, Basis], shards: Shards) -> Self:
-        """Return the protected form of a layer whose weight FSDP2 has sharded.
-
-        Args:
-            plain: the layer; FSDP2 goes on putting gathered parameters into it.
-            base: W0 (out, in); not looked at where another process owns it.
-            bases: Q_U and Q_V, there without values.
-            shards: the sharded weight, and a core that is sharded alike.
-        """
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.__dict__.update(plain.__dict__ | {"_buffers": {}, "_modules": {}})  # also the table of parameters
-        layer._plain = (plain,)
-        layer.base, layer._exact = base, bases
-        layer.core = core = nn.Parameter(shards.core)
-        layer._folded = ()
-        assert isinstance(core, DTensor)
-        layer.shard(shards._replace(core=core))
-        register(layer)
         return layer.train(plain.training)
 
     def _install(self, out_basis: Basis, in_basis: Basis, aside: Aside | None) -> None:
@@ -145,16 +114,15 @@ class SubspaceLayer(nn.Module):
         weight: Tensor = self.weight  # type: ignore[assignment]
         return weight.T if self.transposed else weight
 
-    @property
-    def exact_bases(self) -> tuple[Basis, Basis]:
-        """Q_U and Q_V as the fold takes them."""
-        return self._exact or (self.out_basis, self.in_basis)
-
     def delta(self) -> Tensor:
         """Return ``Q_U M Q_V^T`` (out x in), the change since ``protect``, in the dtype of the core.
 
         Not to be written to: where nothing is protected it is the core itself.
+
+        Raises:
+            LoricaError: FSDP2 has sharded the layer.
         """
+        self.check_whole()
         return self._lifted(self.core.detach(), self._origin())
 
     def _origin(self, device: torch.device | None = None) -> Tensor:
@@ -220,37 +188,14 @@ class SubspaceLayer(nn.Module):
         if self.shards is None and not self.taken_over and Core.state_of(self.core) != self._folded:
             self.fold()
 
-    @property
-    def taken_over(self) -> bool:
-        """Whether FSDP2, applied after ``protect``, has put parameters of its own in the place of the layer's."""
-        (plain,) = self._plain
-        if self._parameters is plain._parameters:  # those of a layer that was sharded before
-            return False
-        return self.shards is not None or (self.weight is not plain.weight and type(self.core) is not Core)
-
-    @property
-    def held(self) -> int:
-        """How many numbers W0 and the bases take."""
-        return self.base.numel() + sum(part.numel() for basis in self.exact_bases for part in basis.buffers())
-
-    def shard(self, shards: Shards) -> None:
-        """Note where FSDP2 has put the parts of the layer, and keep W0 and the bases if they are this process's own."""
-        base, exact = self.base, self.exact_bases
-        if self.taken_over:
-            self._plain[0]._parameters.clear()  # the whole weight
-        self._buffers.pop("base", None)
-        self.base = base if shards.mine else base.new_empty(0)
-        self.out_basis, self.in_basis = (Lent(basis, shards.group, shards.owner) for basis in exact)
-        self._exact = exact if shards.mine else None
-        self.shards = shards
-
     def forward(self, x: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self.refresh()
         if torch.is_grad_enabled() and self.core.requires_grad:
             product = shared_product(self.in_basis, x) if self.in_basis.shared and not compiling else None
-            return ReducedLinear.apply(x, self.core, self.matrix, self.bias, self.out_basis, self.in_basis, product)
+            bases = (self.out_basis, self.in_basis)
+            return ReducedLinear.apply(x, self.core, self.matrix, self.bias, *bases, product, self._across())
         return F.linear(x, self.matrix, self.bias)  # type: ignore[arg-type]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

@@ -19,6 +19,7 @@ from lorica.constrain.origin import check_memory_mode, files_of, lean
 from lorica.constrain.sharded import fold
 from lorica.constrain.sharding import Held, split_sharded
 from lorica.constrain.targets import check_targets, user_pattern
+from lorica.constrain.transport import put_back
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.basis import Basis
 from lorica.subspace.linalg import complement
@@ -69,6 +70,7 @@ def protect(
             untouched.
     """
     check_memory_mode(memory)
+    put_back(model)
     targets = fitting_targets(model, plan)
     _also_trained(model, plan)
     _check_constraints(plan)
@@ -197,6 +199,7 @@ def release(model: nn.Module) -> nn.Module:
             "FSDP2 was applied to the model after lorica.protect and holds its layers; save its state without the "
             "keys that end in .core, or load the model sharded before lorica.protect (docs/distributed.md)"
         )
+    put_back(model)
     sharded = [layer for layer in protected_layers(model).values() if layer.shards is not None]
     fold(sharded)  # what was written to their cores otherwise than by an optimizer
     layers = {id(module): module.unwrap() for module in model.modules() if isinstance(module, SubspaceLayer)}
@@ -224,7 +227,10 @@ def protected_layers(model: nn.Module) -> dict[str, SubspaceLayer]:
 
 
 def bases_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the bases of all protected layers, as exact as they are held, by the names that ``kept`` looks for."""
+    """Return the bases of all protected layers, as exact as they are held, by the names that ``kept`` looks for.
+
+    Of layers that FSDP2 has sharded only those that this process owns.
+    """
     return {
         f"{name}.{side}.{leaf}": tensor
         for name, layer in protected_layers(model).items()
@@ -234,10 +240,16 @@ def bases_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def protected_of(layer: SubspaceLayer) -> Protected:
-    """Return the directions that a layer's bases leave out, which is what was protected when they were made."""
+    """Return the directions that a layer's bases leave out, which is what was protected when they were made.
+
+    Raises:
+        LoricaError: another process owns the bases.
+    """
+    layer.check_owned()
+    device = layer.matrix.device
     u_MA, v_NB = (
-        complement(basis.matrix().double().to(layer.matrix.device)) if basis.free < basis.dim
-        else layer.matrix.new_zeros(basis.dim, 0, dtype=torch.float64)
+        complement(basis.matrix().double().to(device)) if basis.free < basis.dim
+        else torch.zeros(basis.dim, 0, dtype=torch.float64, device=device)
         for basis in layer.exact_bases
     )  # fmt: skip
     return Protected(u_MA, v_NB)

@@ -6,15 +6,13 @@ Shape suffixes: T tokens, M output rows, N input columns, P / Q free output / in
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Shard
 
 from lorica.subspace.basis import Basis, Everything
 
@@ -94,18 +92,15 @@ def lift(core_PQ: Tensor, out: Basis, inp: Basis) -> Tensor:
     return inp.expand(out.expand_columns(core_PQ))
 
 
-def _averaged(gradient: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    """Return the mean of all processes' gradients, each with its part of it: what FSDP2 does with its own."""
-    summands = DTensor.from_local(gradient, mesh, [Partial("avg")] * mesh.ndim, run_check=False)
-    # First the part, then over replicas: torch itself would bring the whole of it together on all of them.
-    parts = [one if isinstance(one, Shard) else Partial("avg") for one in placements]
-    return summands.redistribute(placements=parts).redistribute(placements=placements)
+Across = Callable[[Tensor, Tensor, Tensor, tuple[Basis, Basis]], Callable[[], Tensor]]
+"""Makes the gradient of a sharded core, of dY, X, W and the bases, with other processes; returns what waits for it."""
 
 
 class ReducedLinear(torch.autograd.Function):
     """``y = x W^T + b`` whose backward pass returns dX and the gradient of the core, never of W.
 
-    Where ``X Q_V`` is at hand (``shared_product``) it is kept for the backward pass instead of X.
+    Where ``X Q_V`` is at hand (``shared_product``) it is kept for the backward pass instead of X. The gradient of a
+    sharded core is the mean of all processes', on its way while this one computes dX.
     """
 
     @staticmethod
@@ -118,11 +113,12 @@ class ReducedLinear(torch.autograd.Function):
         out: Basis,
         inp: Basis,
         product: Tensor | None = None,
+        across: Across | None = None,
     ) -> Tensor:
         ctx.save_for_backward(x if product is None else product, weight_MN)
         ctx.out, ctx.inp = out, Everything(inp.free) if product is not None else inp
         ctx.x_dtype, ctx.core_dtype = x.dtype, core_PQ.dtype
-        ctx.spread = (core_PQ.device_mesh, core_PQ.placements) if isinstance(core_PQ, DTensor) else None
+        ctx.across = across
         ctx.bias_dtype = None if bias is None else bias.dtype
         return F.linear(x, weight_MN, bias)
 
@@ -130,16 +126,19 @@ class ReducedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_MN = ctx.saved_tensors
-        # Under autocast the output, and so dY, is narrower than the saved input and weight.
-        dx = (dy @ weight_MN.to(dy.dtype)).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
         dy_TM = dy.reshape(-1, dy.shape[-1])
-        dcore = dbias = None
+        dx = dcore = dbias = under_way = None
         if ctx.needs_input_grad[1]:
+            # Under autocast the output, and so dY, is narrower than the saved input and weight.
             x_TN = x.reshape(-1, x.shape[-1]).to(dy.dtype)
-            out, inp = ctx.out.on(weight_MN), ctx.inp.on(weight_MN.T)
-            dcore = core_gradient(dy_TM, x_TN, out, inp).to(ctx.core_dtype)
-            if ctx.spread is not None:
-                dcore = _averaged(dcore, *ctx.spread)
+            if ctx.across is None:
+                dcore = core_gradient(dy_TM, x_TN, ctx.out.on(weight_MN), ctx.inp.on(weight_MN.T)).to(ctx.core_dtype)
+            else:
+                under_way = ctx.across(dy_TM, x_TN, weight_MN, (ctx.out, ctx.inp))
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight_MN.to(dy.dtype)).to(ctx.x_dtype)
+        if under_way is not None:
+            dcore = under_way().to(ctx.core_dtype)
         if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
             dbias = dy_TM.sum(0).to(ctx.bias_dtype)
         return dx, dcore, None, dbias, *[None] * (len(ctx.needs_input_grad) - 4)

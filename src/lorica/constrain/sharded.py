@@ -2,8 +2,8 @@
 
 FSDP2 leaves each of R processes a part of every weight and every core, and brings the whole of them together while
 they are used. W0 and the bases are no parameters: those of each layer lie whole at one process, its owner, so that each
-process has those of one layer in R. The owner sends the bases to the others in the backward pass, where they are
-dropped after use. After the optimizer's step it gets the core, folds as on a single device, and sends each process its
+process has those of one layer in R. The owner lends the others a basis in the backward pass (``exchange``), which they
+drop after use. After the optimizer's step it gets the core, folds as on a single device, and sends each process its
 part of the weight: all-to-alls of 1 / R of the numbers that a gather would move.
 """
 
@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lorica.constrain.transport import from_owners, group_of, to_owners
 from lorica.errors import LoricaError
-from lorica.subspace.basis import Basis
 
 if TYPE_CHECKING:
     from lorica.constrain.linear import SubspaceLayer
@@ -44,35 +42,6 @@ class Shards(NamedTuple):
     def mine(self) -> bool:
         """Whether this process is the owner."""
         return self.group.rank() == self.owner
-
-
-class Lent(Basis):
-    """A basis that lies at its owner, who sends it to all when it is to be multiplied by.
-
-    Args:
-        basis: all but the owner keep its form alone.
-        group, owner: see ``Shards``.
-    """
-
-    def __init__(self, basis: Basis, group: dist.ProcessGroup, owner: int) -> None:
-        super().__init__(basis.dim, basis.free)
-        kept = basis if group.rank() == owner else basis.mapped(lambda tensor: tensor.to("meta"))
-        self._kept = (kept,)  # in a tuple: no submodule, whose buffers would move about with the model
-        self._group, self._owner = group, owner
-
-    def on(self, weight_DS: Tensor) -> Basis:
-        """Return the basis, in the dtype of the weight; all processes have to ask for theirs in the same order."""
-        (kept,) = self._kept
-        parts = [weight_DS.new_empty(part.shape) if part.is_meta else part.to(weight_DS) for part in kept.buffers()]
-        if parts:
-            flat = torch.cat([part.flatten() for part in parts])
-            dist.broadcast(flat, group=self._group, group_src=self._owner)
-            parts = list(flat.split([part.numel() for part in parts]))
-        arrived = iter(parts)
-        return kept.mapped(lambda part: next(arrived).view(part.shape)).on(weight_DS)
-
-    def flops(self) -> int:
-        return self._kept[0].flops()
 
 
 def settle(layers: Sequence[SubspaceLayer]) -> None:

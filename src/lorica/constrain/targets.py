@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lorica.constrain.linear import WRAPPERS, ZERO_3, SubspaceLayer
@@ -141,6 +142,8 @@ def check_targets(model: nn.Module, targets: Mapping[str, nn.Module]) -> None:
 
 
 def _check(name: str, module: nn.Module, owners: Mapping[int, int], *, dry_run: bool) -> None:
+    if isinstance(module, FSDPModule):
+        raise LoricaError(f"{name} was given to fully_shard by itself; give it the block that the layer is in")
     if type(module) not in WRAPPERS:
         known = ", ".join(kind.__name__ for kind in WRAPPERS)
         raise LoricaError(

@@ -7,19 +7,42 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from lorica.errors import LoricaError
+
+
+def put_back(model: nn.Module) -> None:
+    """Put the sharded parameters back in their places, where a forward pass has left gathered ones: FSDP2's root unit.
+
+    What is done to those, such as freezing, would not be done to the model.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def group_of(tensor: DTensor) -> dist.ProcessGroup:
     """Return the processes that a tensor is sharded over.
 
     Raises:
-        LoricaError: it is sharded over no dimension of the mesh, or over more than one.
+        LoricaError: it is sharded over no dimension of the mesh, or over more than one, or lies on another device.
     """
+    lies, computes = tensor.to_local().device.type, tensor.device_mesh.device_type
+    if lies == "cpu" != computes:
+        raise LoricaError(
+            f"FSDP2 keeps a protected weight on the CPU and computes on {computes}; leave the offload out "
+            "(CPUOffloadPolicy, fsdp_cpu_offload), or shard over more processes"
+        )
     return tensor.device_mesh.get_group(_axis(tensor))
+
+
+def other_groups(tensor: DTensor) -> list[dist.ProcessGroup]:
+    """Return the processes that hold the same part of a tensor, by dimension of the mesh: none without replicas."""
+    mesh = tensor.device_mesh
+    return [mesh.get_group(axis) for axis in range(mesh.ndim) if axis != _axis(tensor)]
 
 
 def to_owners(tensors: Sequence[DTensor | None], group: dist.ProcessGroup) -> Tensor | None:

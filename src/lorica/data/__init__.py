@@ -12,7 +12,7 @@ from lorica.data.record import Rejected
 from lorica.data.validate import Report, overlap, validate, write_rejected
 
 if TYPE_CHECKING:
-    from lorica.data.collate import Collator
+    from lorica.data.collate import Collator, FlatCollator
     from lorica.data.dataset import EncodedDataset, load, render
     from lorica.data.task_rows import load_rows
 
@@ -23,6 +23,7 @@ __all__ = [
     "Encoded",
     "EncodedDataset",
     "Example",
+    "FlatCollator",
     "Pair",
     "Rejected",
     "Report",
@@ -41,6 +42,7 @@ __all__ = [
 _NEEDS_TORCH = {
     "Collator": "collate",
     "EncodedDataset": "dataset",
+    "FlatCollator": "collate",
     "load": "dataset",
     "load_rows": "task_rows",
     "render": "dataset",

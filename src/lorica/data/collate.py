@@ -1,8 +1,9 @@
-"""Rows to a batch of equal length."""
+"""Rows to a batch: padded to equal length, or end to end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -62,3 +63,38 @@ class Collator:
         longest = max(map(len, rows))
         width = -(-longest // self.multiple) * self.multiple
         return torch.tensor([row + [value] * (width - len(row)) for row in rows], dtype=torch.int64)
+
+
+class FlatCollator:
+    """Lay rows end to end in one row without padding, for a causal model that keeps them apart.
+
+    ``position_ids`` begin at 0 with each row: where there is neither an ``attention_mask`` nor a cache (``use_cache``
+    is False), models of transformers take this for the beginning of a sequence that sees no other one. The first label
+    of a row is -100, so that no row predicts the next one. Tensors are int64, (1, tokens of all rows).
+
+    Args:
+        boundaries: tell FlashAttention's kernels where rows begin and end, which otherwise each layer looks for:
+            ``cu_seq_lens_q``, ``cu_seq_lens_k`` (int32, rows + 1), ``max_length_q``, ``max_length_k`` (int).
+    """
+
+    def __init__(self, *, boundaries: bool = False) -> None:
+        self.boundaries = boundaries
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        lengths = [len(feature["input_ids"]) for feature in features]
+        batch = {
+            "input_ids": _end_to_end(feature["input_ids"] for feature in features),
+            "labels": _end_to_end([IGNORED_LABEL, *feature["labels"][1:]] for feature in features),
+            "position_ids": _end_to_end(map(range, lengths)),
+            "use_cache": False,
+        }
+        return batch | _boundaries(lengths) if self.boundaries else batch
+
+
+def _end_to_end(rows: Iterable[Iterable[int]]) -> Tensor:
+    return torch.tensor([list(chain.from_iterable(rows))], dtype=torch.int64)
+
+
+def _boundaries(lengths: Sequence[int]) -> dict[str, Any]:
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return {f"cu_seq_lens_{side}": ends for side in "qk"} | {f"max_length_{side}": max(lengths) for side in "qk"}

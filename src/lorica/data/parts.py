@@ -34,18 +34,28 @@ def told_of_memory(message: Callable[[], str]) -> Iterator[None]:
         raise LoricaError(f"memory ran out {message()}") from None
 
 
-def in_parts(work: Callable[[Sequence[Row]], list[Result]], rows: Sequence[Row]) -> list[Result]:
+def in_parts(
+    work: Callable[[Sequence[Row]], list[Result]], rows: Sequence[Row], *, in_step: bool = False
+) -> list[Result]:
     """Return ``work(rows)``; where memory runs out, the results of both halves, one after the other.
 
     For work whose result of a row hangs on that row alone. It may return anything that can be joined: a result for
     each row, or one for all.
 
+    Args:
+        in_step: other processes take part in the work and would not know of the halves: there are none.
+
     Raises:
-        LoricaError: memory runs out with one row.
+        LoricaError: memory runs out with one row, or with all where there are no halves.
     """
     results = _attempt(work, rows)
     if results is not None:
         return results
+    if in_step:
+        raise LoricaError(
+            f"memory ran out in scoring, with {len(rows)} rows at a time, and the processes of a sharded model have "
+            "gone on with them; lower --per_device_eval_batch_size"
+        )
     if len(rows) == 1:
         raise LoricaError(
             "memory ran out in scoring, with one row at a time; a lower --max_length or --max_new_tokens, or narrower "

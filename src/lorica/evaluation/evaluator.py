@@ -15,7 +15,7 @@ from lorica.data.example import IGNORED_LABEL
 from lorica.data.parts import in_parts
 from lorica.data.tokens import Codec
 from lorica.evaluation.generate import Progress, batch_count, batches_by_length, counting, greedy_answers
-from lorica.processes import together
+from lorica.processes import in_step, reshard, together
 
 Score = dict[str, float | int | None]
 
@@ -48,6 +48,7 @@ def evaluate(
         match, answers = exact_match(model, dataset, tokenizer, batch_size=batch_size, progress=part)
     finally:
         model.train(training)
+    reshard(model)
     return {"loss": loss, "exact_match": match, "rows": len(dataset), "answers": answers}
 
 
@@ -69,11 +70,12 @@ def mean_loss(
     tell = counting(progress, "loss", batch_count(len(lengths), batch_size))
 
     def one_batch(indices: Sequence[int]) -> list[tuple[float, int]]:
-        sums = in_parts(one_pass, indices)
+        sums = in_parts(one_pass, indices, in_step=in_step(model))
         tell()
         return sums
 
-    sums = [pair for pairs in together(batches_by_length(lengths, batch_size), one_batch) for pair in pairs]
+    batches = together(batches_by_length(lengths, batch_size), one_batch, in_step=in_step(model))
+    sums = [pair for pairs in batches for pair in pairs]
     return sum(total for total, _ in sums) / sum(tokens for _, tokens in sums)
 
 

@@ -75,18 +75,23 @@ def greedy_answers(
     wanted = [max_new_tokens] * len(filled) if isinstance(max_new_tokens, int) else max_new_tokens
     settings = _settings(model, tokenizer)
     tell = counting(progress, "answers", batch_count(len(filled), batch_size))
+    in_step = processes.in_step(model)
 
     def one_batch(batch: list[int]) -> list[tuple[int, list[int]]]:
         written: list[tuple[int, list[int]]] = []
         for indices, new_tokens in _within_positions(model, batch, lengths, wanted):
             settings.max_new_tokens = new_tokens
-            ids = in_parts(partial(_generate, model, settings), [filled[index] for index in indices])
+            rows = [filled[index] for index in indices]
+            ids = in_parts(partial(_generate, model, settings), rows, in_step=in_step)
             written += zip(indices, ids, strict=True)
         tell()
         return written
 
+    given = batches_by_length(lengths, batch_size)
+    if in_step:
+        given = _in_step(model, given, lengths, wanted)
     with _generating_by(model, settings):
-        batches = processes.together(batches_by_length(lengths, batch_size), one_batch)
+        batches = processes.together(given, one_batch, in_step=in_step)
     answers = {index: _read(tokenizer, ids, settings.eos_token_id) for batch in batches for index, ids in batch}
     return [answers[index] for index in range(len(filled))]
 
@@ -137,6 +142,20 @@ def _within_positions(
         return
     for length, same in groupby(batch, key=lambda index: lengths[index]):
         yield list(same), min(most, room(length))
+
+
+def _in_step(
+    model: Any, batches: Sequence[list[int]], lengths: Sequence[int], wanted: Sequence[int]
+) -> list[list[int]]:
+    """Return batches by which processes that share a model take equally many passes, of which each needs all of them.
+
+    One whose texts have ended goes on with the others, to positions that its texts do not have. Where there are none
+    left, all write the same texts at the same time.
+    """
+    parts = [part for batch in batches for part, _ in _within_positions(model, batch, lengths, wanted)]
+    limit = position_limit(model.config)
+    beyond = limit is not None and not model.config.is_encoder_decoder and max(lengths) + max(wanted) - 1 > limit
+    return [part for part in parts for _ in range(processes.size() if beyond else 1)]
 
 
 def _generate(model: Any, settings: GenerationConfig, rows: Sequence[list[int]]) -> list[list[int]]:

@@ -29,6 +29,7 @@ from lorica.record import Stopwatch
 from lorica.training.checkpoints import kept_bases, newest_complete
 from lorica.training.guards import Diverged
 from lorica.training.models import stock_configuration
+from lorica.training.padding_free import check_keeps_rows_apart
 from lorica.training.trainer import fit
 
 Say = Callable[[str], None]
@@ -123,6 +124,8 @@ class CellRun:
     def _begin(self, stage: Stage | None, progress: Progress) -> None:
         with processes.agreed():
             self.model, new = self.setup.read_model(stage.model if stage else None)
+            if self.setup.config.padding_free:
+                check_keeps_rows_apart(self.model)
             progress.parameters = int(self.model.num_parameters())
             progress.new_parameters = progress.new_parameters or new  # a stage on disk has weights for all of them
             self.method = self.setup.build_method(self.cell.method, progress.new_parameters)
@@ -204,6 +207,7 @@ class CellRun:
                 *log, last = fit(
                     self.model, self.method, rows, self.setup.tokenizer, self.setup.collate, arguments, quiet=True,
                     resume_from_checkpoint=None if resume is None else str(resume),
+                    padding_free=self.setup.config.padding_free,
                 )  # fmt: skip
         except Interrupted as stopped:
             hint = f"what is done is kept, also of task {data.name}; the same command goes on"

@@ -83,6 +83,10 @@ class RunConfig(BaseModel):
     dtype: str = "auto"
     """Dtype of the weights: auto (as they are saved), float32, bfloat16 or float16."""
 
+    padding_free: bool = False
+    """Lay the rows of a micro-batch end to end instead of padding them; none sees another. For causal models that can
+    keep rows apart."""
+
     model_revision: str | None = None
     """Branch, tag or commit of the model on the hub."""
 

@@ -34,7 +34,7 @@ class Cell:
 
 FIELDS = (
     "model_name_or_path", "model_revision", "max_train_rows", "max_test_rows", "max_new_tokens", "max_length", "dtype",
-    "attn_implementation", "validation_fraction",
+    "attn_implementation", "validation_fraction", "padding_free",
 )  # fmt: skip
 """Fields of the run's configuration on which every score depends as they are."""
 

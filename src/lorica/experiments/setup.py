@@ -113,6 +113,8 @@ class Setup:
                     self.rows.split(scored.name)
 
     def _check_arguments(self) -> None:
+        if self.config.padding_free and self.kind == "classifier":
+            raise LoricaError("--padding_free is for causal models; this one classifies, so leave it out")
         for name in self.settings:
             for task in self.stream.tasks:
                 arguments = self.arguments("", self.config.seeds[0], None, name=name, task=task)
@@ -181,7 +183,9 @@ class Setup:
         given = layered(self.stream.training, epochs, own, self.config.training)
         rate = 1.0 if learning_rate is None else learning_rate
         given |= {"seed": seed, "learning_rate": rate * (task.learning_rate_scale if task else 1.0)}
-        return training_arguments(given, output_dir, hidden_size=None, seq2seq=self.kind == "seq2seq")
+        return training_arguments(
+            given, output_dir, hidden_size=None, seq2seq=self.kind == "seq2seq", padding_free=self.config.padding_free
+        )
 
     def grid(self, name: str) -> list[float]:
         """Return the learning rates to choose from, ascending: as many for every method."""

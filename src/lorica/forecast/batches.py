@@ -23,7 +23,7 @@ class Batches:
 
     Attributes:
         worst: the largest micro-batch there can be.
-        mean: of the mean length after padding.
+        mean: of the mean length after padding, or of the mean length where rows lie end to end.
         steps: of the whole run; None where neither data nor max_steps tells.
         scored: the largest batch of the rows that are scored before and after; None where none are.
         notes: what was assumed.
@@ -52,20 +52,30 @@ def batches_of(
     if inputs is None:
         length = min(settings.max_length, limit or settings.max_length)
         whole = Batch(size, length, length if seq2seq else None)
+        whole = _flat(settings, size * length) if settings.padding_free else whole
         note = f"no data given: every batch is taken to be {size} rows of {length} tokens"
         return Batches(whole, whole, most, None, [note])
     rows = inputs.train.examples
     size = min(size, len(rows))
-    mean = _mean_padded(rows, size, arguments.seed)
+    if settings.padding_free:
+        lengths = sorted((len(row.input_ids) for row in rows), reverse=True)
+        worst, mean = _flat(settings, sum(lengths[:size])), _flat(settings, size * sum(lengths) / len(rows))
+    else:
+        worst, mean = _largest(rows, size, seq2seq), _mean_padded(rows, size, seq2seq, arguments.seed)
     per_epoch = math.ceil(math.ceil(len(rows) / size) / arguments.gradient_accumulation_steps)
     held_out = [row for data in (inputs.eval, *inputs.retention.values()) if data for row in data.examples]
     return Batches(
-        worst=_largest(rows, size, seq2seq),
-        mean=Batch(size, mean[0], mean[1] if seq2seq else None),
+        worst=worst,
+        mean=mean,
         steps=most or math.ceil(per_epoch * arguments.num_train_epochs),
         scored=_largest(held_out, arguments.per_device_eval_batch_size, seq2seq) if held_out else None,
         notes=[],
     )
+
+
+def _flat(settings: UpdateConfig, tokens: float) -> Batch:
+    """Return a micro-batch of rows that lie end to end; FlashAttention needs no mask to keep them apart."""
+    return Batch(1, math.ceil(tokens), masked=not (settings.attn_implementation or "").startswith("flash"))
 
 
 def _largest(rows: Sequence[Encoded], size: int, seq2seq: bool) -> Batch:
@@ -73,10 +83,11 @@ def _largest(rows: Sequence[Encoded], size: int, seq2seq: bool) -> Batch:
     return Batch(min(size, len(rows)), max(len(row.input_ids) for row in rows), labels)
 
 
-def _mean_padded(rows: Sequence[Encoded], size: int, seed: int) -> tuple[int, int]:
-    """Return the mean length of inputs and of labels after padding, over the batches of one shuffled epoch."""
+def _mean_padded(rows: Sequence[Encoded], size: int, seq2seq: bool, seed: int) -> Batch:
+    """Return the batch of the mean length of inputs and of labels after padding, over one shuffled epoch."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [[rows[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
     inputs = [max(len(row.input_ids) for row in batch) for batch in batches]
     labels = [max(len(row.labels) for row in batch) for batch in batches]
-    return math.ceil(sum(inputs) / len(inputs)), math.ceil(sum(labels) / len(labels))
+    mean_labels = math.ceil(sum(labels) / len(labels)) if seq2seq else None
+    return Batch(size, math.ceil(sum(inputs) / len(inputs)), mean_labels)

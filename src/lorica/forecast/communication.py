@@ -15,12 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from lorica.constrain.exchange import Exchange, cheapest_exchange, exchanges, numbers
 from lorica.constrain.protect import protected_layers
+from lorica.subspace.basis import Basis
 from lorica.subspace.free_basis import free_basis
 
 FORWARD, BACKWARD, LENT, GRADIENTS = "gather, forward", "gather, backward", "bases", "gradients"
-CORES, WEIGHTS = "cores to owners", "weights to processes"
-TRAFFIC = (FORWARD, BACKWARD, LENT, GRADIENTS, CORES, WEIGHTS)
+RETURNED, CORES, WEIGHTS = "gradients from owners", "cores to owners", "weights to processes"
+TRAFFIC = (FORWARD, BACKWARD, LENT, GRADIENTS, RETURNED, CORES, WEIGHTS)
 """What is received, in the order of the tables."""
 
 _CORE = 4
@@ -47,16 +49,39 @@ class Matrix(NamedTuple):
         return (self.m - self.out) * (self.n - self.inp)
 
     @property
-    def bases(self) -> int:
-        """Numbers of both bases, in the forms that ``free_basis`` chooses."""
+    def sides(self) -> tuple[Basis, Basis]:
+        """Q_U and Q_V without values, in the forms that ``free_basis`` chooses."""
         weight = torch.empty(self.m, self.n, device="meta")
-        return _basis(weight, self.out, self.derived) + _basis(weight.T, self.inp, self.derived)
+        return _basis(weight, self.out, self.derived), _basis(weight.T, self.inp, self.derived)
+
+    @property
+    def bases(self) -> int:
+        """Numbers of both bases."""
+        return sum(map(numbers, self.sides))
 
 
-def _basis(weight_DS: torch.Tensor, k: int, derived: bool) -> int:
+def _basis(weight_DS: torch.Tensor, k: int, derived: bool) -> Basis:
     protected_DK = weight_DS.new_empty(weight_DS.shape[0], k, dtype=torch.float64)
-    basis = free_basis(protected_DK, torch.float32, weight_DS if derived else None)
-    return sum(part.numel() for part in basis.buffers())
+    return free_basis(protected_DK, torch.float32, weight_DS if derived else None)
+
+
+class Layer(NamedTuple):
+    """A protected layer: bytes of a number of its weight, and the ways to make its core's gradient together."""
+
+    width: int
+    ways: tuple[Exchange, ...]
+
+    def cheapest(self, shards: int) -> Exchange:
+        """Return the way that R processes go, in bytes."""
+        return self._in_bytes(cheapest_exchange(self.ways, shards))
+
+    @property
+    def whole(self) -> Exchange:
+        """The way that lends both bases and reduces the gradient of the core itself, in bytes."""
+        return self._in_bytes(self.ways[0])
+
+    def _in_bytes(self, way: Exchange) -> Exchange:
+        return Exchange(*way[:2], *(self.width * count for count in way[2:]))
 
 
 @dataclass(frozen=True)
@@ -71,8 +96,7 @@ class Sizes:
         folded: the weights that cores stand for.
         cores: of float32, as their gradients are.
         bases: as they are kept.
-        lent: the bases as they are sent, in the dtype of the weight.
-        lent_at_once: those of the layer that has most.
+        layers: the layers that have cores.
     """
 
     parameters: int
@@ -82,8 +106,7 @@ class Sizes:
     folded: int = 0
     cores: int = 0
     bases: int = 0
-    lent: int = 0
-    lent_at_once: int = 0
+    layers: tuple[Layer, ...] = ()
 
     @classmethod
     def of(cls, block: Sequence[Matrix], blocks: int, outside: int, kept: int, weight: int, gradient: int) -> Sizes:
@@ -95,21 +118,19 @@ class Sizes:
             outside: numbers of embeddings and head, of which ``kept`` are in the root unit and the rest are one more.
             weight, gradient: bytes of a number of a weight and of its gradient.
         """
-        numbers = sum(matrix.m * matrix.n for matrix in block)
-        total = blocks * numbers + outside
-        largest = max(numbers, outside - kept)
+        unit = sum(matrix.m * matrix.n for matrix in block)
+        total = blocks * unit + outside
+        largest = max(unit, outside - kept)
         plain = cls(weight * total, weight * kept, weight * largest, gradient * total)
         if not any(matrix.out or matrix.inp for matrix in block):
             return plain
-        bases = [matrix.bases for matrix in block]
         return replace(
             plain,
             gradients=0,
-            folded=weight * blocks * numbers,
+            folded=weight * blocks * unit,
             cores=_CORE * blocks * sum(matrix.core for matrix in block),
-            bases=_CORE * blocks * sum(bases),
-            lent=weight * blocks * sum(bases),
-            lent_at_once=weight * max(bases),
+            bases=_CORE * blocks * sum(matrix.bases for matrix in block),
+            layers=blocks * tuple(Layer(weight, exchanges(*matrix.sides)) for matrix in block),
         )
 
 
@@ -126,8 +147,6 @@ def sizes_of(model: nn.Module, units: Sequence[nn.Module]) -> Sizes:
         return [parameter for parameter in module.parameters() if id(parameter) not in cores]
 
     own, inside = weights(model), [sum(parameter.nbytes for parameter in weights(unit)) for unit in units]
-    held = [(layer.matrix.itemsize, [b for side in layer.exact_bases for b in side.buffers()]) for layer in layers]
-    lent = [width * sum(part.numel() for part in parts) for width, parts in held]
     return Sizes(
         parameters=sum(parameter.nbytes for parameter in own),
         kept=sum(parameter.nbytes for parameter in own) - sum(inside),
@@ -135,9 +154,8 @@ def sizes_of(model: nn.Module, units: Sequence[nn.Module]) -> Sizes:
         gradients=sum(parameter.nbytes for parameter in own if parameter.requires_grad),
         folded=sum(layer.matrix.nbytes for layer in layers),
         cores=sum(layer.core.nbytes for layer in layers),
-        bases=sum(part.nbytes for _, parts in held for part in parts),
-        lent=sum(lent),
-        lent_at_once=max(lent, default=0),
+        bases=sum(part.nbytes for layer in layers for side in layer.exact_bases for part in side.buffers()),
+        layers=tuple(Layer(layer.matrix.itemsize, exchanges(*layer.exact_bases)) for layer in layers),
     )
 
 
@@ -184,9 +202,10 @@ def received_sharded(sizes: Sizes, layout: Layout, accumulation: int = 1, *, wra
 
         gather      parameters + parameters - kept
         bases       lent
-        gradients   gradients + cores, and 2 (D - 1) / D of 1 / R of them across replicas
+        gradients   gradients + reduced, and 2 (D - 1) / D of 1 / R of gradients and cores across replicas
+        from owners returned / R
 
-    and per step, with (R - 1) / R^2:
+    where lent, reduced and returned are those of each layer's ``Exchange``, and per step, with (R - 1) / R^2:
 
         fold        cores + folded
 
@@ -194,16 +213,20 @@ def received_sharded(sizes: Sizes, layout: Layout, accumulation: int = 1, *, wra
 
     Args:
         accumulation: A; every backward pass ends in averaged gradients, as FSDP2 has it by default.
-        wrapped: FSDP2 was applied after ``protect``, so that cores are gathered with the weights.
+        wrapped: FSDP2 was applied after ``protect``: it gathers the cores with the weights and averages their gradients
+            in float32, for which all bases are lent.
     """
     cores = sizes.cores if wrapped else 0
     across = 2 * (layout.replicas - 1) / layout.replicas / layout.shards
-    averaged = sizes.gradients + sizes.cores
+    ways = [layer.whole if wrapped else layer.cheapest(layout.shards) for layer in sizes.layers]
+    lent, reduced, returned = (sum(getattr(way, kind) for way in ways) for kind in ("lent", "reduced", "returned"))
+    averaged = cores or sum(layer.whole.reduced for layer in sizes.layers)
     micro = {
         FORWARD: layout.missing * (sizes.parameters + cores),
         BACKWARD: layout.missing * (sizes.parameters - sizes.kept + cores),
-        LENT: layout.missing * sizes.lent,
-        GRADIENTS: (layout.missing + across) * averaged,
+        LENT: layout.missing * lent,
+        GRADIENTS: layout.missing * (sizes.gradients + (cores or reduced)) + across * (sizes.gradients + averaged),
+        RETURNED: layout.missing / layout.shards * returned,
     }
     step = {CORES: layout.missing / layout.shards * sizes.cores, WEIGHTS: layout.missing / layout.shards * sizes.folded}
     return _rounded({kind: accumulation * nbytes for kind, nbytes in micro.items()} | step)

@@ -28,14 +28,15 @@ def state_sharded(sizes: Sizes, shards: int) -> Counter[str]:
     return Counter({kind: -(-nbytes // shards) for kind, nbytes in zip(SPREAD, whole, strict=True) if nbytes})
 
 
-def gathered(sizes: Sizes) -> int:
+def gathered(sizes: Sizes, shards: int) -> int:
     """Return the bytes of what a process has whole for a while, at most.
 
     The root unit; the unit that computes and the next one, which is gathered meanwhile; one unit's gradients, before
-    they are reduced; the bases of one layer.
+    they are reduced; the basis that is lent of one layer, and the gradient that it reduces.
     """
     gradients = min(sizes.unit, sizes.gradients)
-    return sizes.kept + 2 * sizes.unit + gradients + sizes.lent_at_once
+    ways = [layer.cheapest(shards) for layer in sizes.layers]
+    return sizes.kept + 2 * sizes.unit + gradients + max((way.lent + way.reduced for way in ways), default=0)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def shares(phases: Sequence[Phase], sizes: Sizes, layout: Layout, accumulation: 
     found = [Share(f"DDP on {devices}", _with(phases, 1, buckets), received_replicated(sizes, devices))]
     if layout.shards > 1:
         words = f"sharded over {layout.shards}" + (f", {layout.replicas} replicas" if layout.replicas > 1 else "")
-        parts = _with(phases, layout.shards, {GATHERED: gathered(sizes)})
+        parts = _with(phases, layout.shards, {GATHERED: gathered(sizes, layout.shards)})
         found.append(Share(words, parts, received_sharded(sizes, layout, accumulation)))
     return found
 

@@ -9,12 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lorica.config import UpdateConfig
-from lorica.constrain.planning import UNFREEZE_RANK_RATIO, plan
+from lorica.constrain.plan_counts import each_side
+from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO
+from lorica.constrain.planning import plan
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, TaskData, build_method
 from lorica.methods.base import Method, scheduled_share
-from lorica.subspace.plan import MEASURED, Plan
-from lorica.subspace.ranks import share_to_count
+from lorica.methods.osft import OSFT
+from lorica.methods.rehearsal import Rehearsal
+from lorica.subspace.plan import MEASURED, Plan, default_constraint
 from lorica.training.trust import refuse_hub_kernels
 
 FORECAST = ("osft", "seqft", "lora")
@@ -80,6 +83,8 @@ def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
     given = {name: value for name, value in given.items() if name in names}
     method = build_method(config.method, given, config.method_options)
     method.begin_task(model, task)
+    if isinstance(method, OSFT) and config.rehearse:
+        method.rehearsal = Rehearsal.blank(model, config.rehearse)
     return method
 
 
@@ -89,7 +94,7 @@ def assumed_plan(model: Any, config: UpdateConfig, index: int = 0) -> Plan:
     ``uniform`` plans are exact. ``importance`` gets its mean share everywhere, ``energy`` the uniform share, and
     ``effective-rank`` a half; see ``assumptions``.
     """
-    constraint = config.constraint or ("input" if config.source in MEASURED else "two-sided")
+    constraint = config.constraint or default_constraint(config.source)
     if constraint == "block":
         raise LoricaError("--constraint block is held by the optimizer, from values; it cannot be forecast from shapes")
     made = plan(
@@ -103,9 +108,11 @@ def assumed_plan(model: Any, config: UpdateConfig, index: int = 0) -> Plan:
     )
     if config.source not in MEASURED:
         return made
-    entries = [entry.model_copy(update={"source": config.source}) for entry in made.entries]
-    entries = [e.model_copy(update={"k": share_to_count(made_e.share, e.limit)})
-               for e, made_e in zip(entries, made.entries, strict=True)]  # fmt: skip
+    width = max(min(entry.shape) for entry in made.entries)
+    sources = [entry.model_copy(update={"source": config.source}) for entry in made.entries]
+    entries = [
+        e.model_copy(update=each_side(e, weight.share, width)) for e, weight in zip(sources, made.entries, strict=True)
+    ]
     return made.model_copy(update={"entries": entries})
 
 
@@ -124,15 +131,23 @@ def _amount(config: UpdateConfig, index: int) -> dict[str, Any]:
 
 
 def assumptions(config: UpdateConfig) -> list[str]:
-    """Return, in words, what ``assumed_plan`` had to assume."""
-    if config.method != "osft" or config.plan_file:
+    """Return, in words, what ``begin`` had to assume."""
+    if config.method != "osft":
         return []
+    lines = [] if config.plan_file else _assumed_of_plan(config)
+    if config.rehearse:
+        lines.append("rehearse: texts of full length; what it takes to write them before the training is not counted")
+    return lines
+
+
+def _assumed_of_plan(config: UpdateConfig) -> list[str]:
     said = {
         "importance": "ranks importance: every weight is given the mean share, trr",
         "energy": "ranks energy: as many directions as the share says; most spectra need fewer, and more memory then",
+        "marginal": "ranks marginal: every weight is given the uniform share",
         "effective-rank": "ranks effective-rank: half of the directions",
     }
     lines = [said[config.ranks]] if config.ranks in said else []
-    if config.protect_learned or config.remember_inputs:
+    if config.protect_learned or config.remember_tasks:
         lines.append("the directions that earlier updates add are not counted")
     return lines

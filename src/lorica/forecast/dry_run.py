@@ -30,16 +30,20 @@ class Batch:
         rows: of the batch.
         length: tokens of each row, padding included.
         labels: tokens of each target, of an encoder-decoder; None for causal models.
+        masked: whether attention takes a mask of all pairs of tokens: what keeps rows that lie end to end apart.
     """
 
     rows: int
     length: int
     labels: int | None = None
+    masked: bool = False
 
     def tensors(self) -> dict[str, Tensor]:
         ids = torch.empty(self.rows, self.length, dtype=torch.int64, device="meta")
         labels = ids if self.labels is None else ids.new_empty(self.rows, self.labels)
-        return {"input_ids": ids, "attention_mask": ids.clone(), "labels": labels.clone()}
+        pairs = (self.rows, 1, self.length, self.length)
+        mask = ids.new_empty(pairs, dtype=torch.bool) if self.masked else ids.clone()
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels.clone()}
 
 
 @dataclass(frozen=True)

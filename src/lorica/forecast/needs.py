@@ -166,13 +166,16 @@ class Disk:
         }
 
 
-def disk(model: Any, step: Step | None, arguments: TrainingArguments, steps: int | None) -> Disk:
+def disk(
+    model: Any, step: Step | None, arguments: TrainingArguments, steps: int | None, *, in_parts: bool = False
+) -> Disk:
     """Return what a run writes.
 
     Args:
         model: on the meta device; protected if there is a step.
         step: of ``dry_step``; without it the least that any method writes.
         steps: how many the run has, if that is known.
+        in_parts: checkpoints hold what trains alone.
     """
     saved = step.steady["weights"] if step else sum(p.nbytes for p in model.parameters())
     cores = step.steady["cores"] if step else 0
@@ -186,7 +189,9 @@ def disk(model: Any, step: Step | None, arguments: TrainingArguments, steps: int
     lasting = min(written, limit or written)
     split = bases_of(model) if lasting and not arguments.save_only_model else {}
     bases = sum({id(tensor): tensor.nbytes for tensor in split.values()}.values())
-    return Disk(saved, saved + cores + states, min(written, lasting + 1), lasting, bases, _cache(model))
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    held = trained if in_parts else saved + cores
+    return Disk(saved, held + states, min(written, lasting + 1), lasting, bases, _cache(model))
 
 
 def _checkpoints(arguments: TrainingArguments, steps: int | None) -> int | None:

@@ -80,15 +80,18 @@ def forecast(
     )
 
 
-def expected(config: UpdateConfig, inputs: Inputs) -> Way:
+def expected(config: UpdateConfig, inputs: Inputs, layout: Layout | None = None) -> Way:
     """Return what a run itself will need, without times: what ``lorica.train`` tells before it begins.
 
     Call it before the model is loaded: what the process takes by then counts as the process.
 
+    Args:
+        layout: of the processes that share the model; what each of them takes is the last of ``shares`` then.
+
     Raises:
         LoricaError: see ``forecast``.
     """
-    return _Run(config, unmeasured_machine(device_of(config)), inputs).way(config)
+    return _Run(config, unmeasured_machine(device_of(config)), inputs, layout).way(config)
 
 
 def device_of(config: UpdateConfig) -> str:
@@ -113,20 +116,22 @@ def _plain(settings: UpdateConfig) -> UpdateConfig:
 class _Run:
     """What all ways of training have in common: the model's configuration, the arguments and the batches."""
 
-    def __init__(self, settings: UpdateConfig, machine: Machine | None, inputs: Inputs | None) -> None:
+    def __init__(
+        self, settings: UpdateConfig, machine: Machine | None, inputs: Inputs | None, layout: Layout | None = None
+    ) -> None:
         self.settings = settings
         self.model_config = load_model_config(settings)
         self.arguments = training_arguments(
             settings.training, settings.output_dir, hidden_size=model_width(self.model_config),
             seq2seq=bool(self.model_config.is_encoder_decoder),
             learning_rate_scale=METHODS[settings.method].learning_rate_scale,
-            optimizer_in_backward=settings.optimizer_in_backward,
+            optimizer_in_backward=settings.optimizer_in_backward, padding_free=settings.padding_free,
         )  # fmt: skip
         _check_no_compiler(self.arguments)
         self.machine = machine or this_machine(self.arguments.device.type)
         self.index = read_lineage(settings.model_name_or_path).updates
         self.batches = batches_of(settings, self.arguments, self.model_config, inputs)
-        self.layout = _layout(settings)
+        self.layout, self.in_parts = layout or _layout(settings), layout is not None
 
     def way(self, settings: UpdateConfig) -> Way:
         """Return what one way of training needs."""
@@ -143,7 +148,7 @@ class _Run:
             label=_label(settings),
             trainable=step.trainable,
             phases=found,
-            disk=disk(model, step, self.arguments, self.batches.steps),
+            disk=disk(model, step, self.arguments, self.batches.steps, in_parts=self.in_parts),
             split_seconds=split_seconds(shapes, self.machine),
             step_seconds=None if micro is None or update is None else count * micro + update,
             shares=shares(found, sizes_of(model, units_of(model)), self.layout, count) if several else [],

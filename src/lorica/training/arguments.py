@@ -21,6 +21,8 @@ from lorica import processes
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError, did_you_mean
 from lorica.training.in_backward import check_in_backward
+from lorica.training.sharding import OPTIONS as SHARDING
+from lorica.training.sharding import check_option
 
 LEARNING_RATE_TIMES_WIDTH = 0.08
 """The default learning rate times the model's hidden size; see ``default_learning_rate``."""
@@ -49,16 +51,12 @@ _UPLOAD = (
 )
 _TOKEN = "a token would end up in files and in the list of processes; set the environment variable HF_TOKEN instead"
 
-_WHOLE = (
-    "Lorica's commands keep a copy of the model in every process; a script of your own can train a sharded one, see "
-    "docs/distributed.md"
-)
+_SHARDED = "lorica train --fsdp full_shard shards the model, see docs/distributed.md"
 
 REFUSED = {
-    "fsdp": _WHOLE,
-    "fsdp_config": _WHOLE,
-    "deepspeed": _WHOLE,
+    "deepspeed": f"it takes the weights apart; {_SHARDED}",
     "ddp_timeout": "the processes have met before it is read; they wait for each other for six hours",
+    "save_on_each_node": "one process writes, and all read it; --output_dir has to be a folder that all nodes see",
     "hub_token": _TOKEN,
     "push_to_hub_token": _TOKEN,
     "token": _TOKEN,
@@ -72,6 +70,8 @@ REFUSED = {
     "ignore_data_skip": "a resumed run would train on rows again that it has trained on, and leave others out",
     "dataloader_persistent_workers": "workers that outlive an epoch draw no new seed for the next one, but those of a "
     "resumed run do, and so it would go on with its rows in another order",
+    "packing": "rows stay rows, none is cut and none joined to others for good; --padding_free lays the rows of a "
+    "micro-batch end to end instead of padding them",
     "enable_jit_checkpoint": "SIGTERM is answered with a checkpoint without it, and its own would not be complete",
 }
 """Arguments that do harm here, and why; saying no to them is taken."""
@@ -132,6 +132,9 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
         if name not in known:
             hint = did_you_mean(name, [*known, *UpdateConfig.model_fields])
             raise LoricaError(f"{where}unknown option --{name}.{hint} See: lorica train --help")
+        if name in SHARDING:
+            checked[name] = check_option(name, value)
+            continue
         try:
             checked[name] = TypeAdapter(known[name]).validate_python(value)
         except ValidationError as error:
@@ -151,6 +154,7 @@ def training_arguments(
     seq2seq: bool,
     learning_rate_scale: float = 1.0,
     optimizer_in_backward: bool = False,
+    padding_free: bool = False,
 ) -> TrainingArguments:
     """Return TrainingArguments with Lorica's defaults under the given values.
 
@@ -158,6 +162,7 @@ def training_arguments(
         hidden_size: the model's width, for the default learning rate; None if it cannot be told.
         learning_rate_scale: factor of the method on that default.
         optimizer_in_backward: refuse what ``StepInBackward`` cannot be right with.
+        padding_free: refuse what rows that lie end to end would change.
 
     Raises:
         LoricaError: see ``check_arguments``; or a value makes no sense, or transformers refuses the combination.
@@ -165,7 +170,7 @@ def training_arguments(
     _check_launcher()
     if optimizer_in_backward and processes.size() > 1:
         raise LoricaError("--optimizer_in_backward is for one process: others would not have seen the gradient yet")
-    checked = check_arguments(given)
+    checked = {name: value for name, value in check_arguments(given).items() if name not in SHARDING}
     kind = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
     stray = sorted(set(checked) - {f.name for f in fields(kind)})
     if stray:
@@ -190,6 +195,10 @@ def training_arguments(
     check_optimizer(arguments)
     if optimizer_in_backward:
         check_in_backward(arguments)
+    if padding_free and seq2seq:
+        raise LoricaError("--padding_free is for causal models; this is an encoder-decoder, so leave it out")
+    if padding_free and arguments.neftune_noise_alpha is not None:
+        raise LoricaError("--neftune_noise_alpha with --padding_free: the noise would go by the length of all rows")
     return arguments
 
 
@@ -296,4 +305,4 @@ def _check_launcher() -> None:
         raise LoricaError(processes.alone("this"))
     for engine in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise LoricaError(f"accelerate's configuration asks for {engine}: {_WHOLE}")
+            raise LoricaError(f"accelerate's configuration asks for {engine}, which this does not take; {_SHARDED}")

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import nn
-
-from lorica.constrain.checkpoint import open_weights
 from lorica.constrain.kept import BASES, KeptBases, bases_problem
 from lorica.errors import LoricaError
 from lorica.files import remove_folder
 from lorica.json_file import load_json
-from lorica.training.exact import OPTIMIZER
 from lorica.training.identity import IDENTITY_FILE
 from lorica.training.manifest import damage
+from lorica.training.model_state import OPTIMIZER
 from lorica.training.trust import distrusted, writable_by_others
 
 STATE = "training_state"
@@ -26,10 +22,9 @@ STATE = "training_state"
 BASES_NOTE = "bases.json"
 """File of a checkpoint that names the bases that its weights were trained in."""
 
-_WITHOUT_OPTIMIZER = "; --reset_optimizer goes on from its weights with a new optimizer state"
+_FILE_OF_BASES = re.compile(r"bases/[\w-]+\.safetensors")
 
-MAPPED_SHARE = 1 / 16
-"""So much of a checkpoint is read before its file is opened anew."""
+_WITHOUT_OPTIMIZER = "; --reset_optimizer goes on from its weights with a new optimizer state"
 
 
 def checkpoint_to_resume(
@@ -92,8 +87,12 @@ def unusable(folder: Path, *, reset_optimizer: bool = False) -> str | None:
         reset_optimizer: whether the optimizer's state does not matter.
     """
     optimizer = f"{STATE}/{OPTIMIZER}."
-    if wrong := distrusted(folder) or damage(folder, optimizer if reset_optimizer else None):
-        way = "" if reset_optimizer or distrusted(folder) or damage(folder, optimizer) else _WITHOUT_OPTIMIZER
+    try:
+        distrust = distrusted(folder)
+    except FileNotFoundError:
+        return "another process is removing it"
+    if wrong := distrust or damage(folder, optimizer if reset_optimizer else None):
+        way = "" if reset_optimizer or distrust or damage(folder, optimizer) else _WITHOUT_OPTIMIZER
         return wrong + way
     if not (folder / STATE).is_dir():
         return "it holds no optimizer state (--save_only_model): going on without would be another run"
@@ -106,32 +105,36 @@ def bases_lost(folder: Path) -> str | None:
         noted = bases_of(folder)
     except LoricaError as error:
         return str(error)
-    return None if noted is None else bases_problem(folder.parent / BASES, noted)
+    problems = (bases_problem(folder.parent / file, digest) for file, digest in (noted or {}).items())
+    return next(filter(None, problems), None)
 
 
-def note_bases(folder: Path, digest: str) -> None:
-    """Write down the SHA-256 of the bases that a checkpoint's weights are trained in."""
-    (folder / BASES_NOTE).write_text(json.dumps({"file": BASES, "sha256": digest}) + "\n", encoding="utf-8")
+def note_bases(folder: Path, digests: Mapping[str, str]) -> None:
+    """Write down the SHA-256 of the files of the bases that a checkpoint's weights are trained in."""
+    (folder / BASES_NOTE).write_text(json.dumps({"sha256": dict(digests)}) + "\n", encoding="utf-8")
 
 
-def bases_of(folder: Path) -> str | None:
-    """Return the SHA-256 of the bases that a complete checkpoint names; None where it needs none.
+def bases_of(folder: Path) -> dict[str, str] | None:
+    """Return the SHA-256 of each file of the bases that a complete checkpoint names; None where it needs none.
 
     Raises:
         LoricaError: the note cannot be read.
     """
     file = folder / BASES_NOTE
     try:
-        return str(load_json(file, constants=True)["sha256"]) if file.exists() else None
+        noted = dict(load_json(file, constants=True)["sha256"]) if file.exists() else None
+        if noted is not None and not all(_FILE_OF_BASES.fullmatch(name) for name in noted):
+            raise ValueError("it names what are no files of bases")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoricaError(f"{file}: cannot tell which bases the checkpoint belongs to: {error}") from error
+    return noted
 
 
 def kept_bases(checkpoint: str | Path | None) -> KeptBases | None:
     """Return the bases to go on with from a checkpoint that is usable; None where it needs none."""
-    if checkpoint is None or bases_of(Path(checkpoint)) is None:
+    if checkpoint is None or (noted := bases_of(Path(checkpoint))) is None:
         return None
-    return KeptBases(Path(checkpoint).parent / BASES)
+    return KeptBases(*(Path(checkpoint).parent / file for file in noted))
 
 
 def newest_complete(output_dir: Path, say: Callable[[str], None], *, reset_optimizer: bool = False) -> Path | None:
@@ -157,38 +160,6 @@ def _newest_complete(output_dir: Path, say: Callable[[str], None], reset_optimiz
         f"--resume_from_checkpoint true: none of the {len(found)} checkpoints in {output_dir} is complete; the newest, "
         f"{found[-1].name}: {unusable(found[-1], reset_optimizer=reset_optimizer)}{way}"
     )
-
-
-def load_weights(model: nn.Module, folder: Path) -> bool:
-    """Fill a model with a checkpoint's weights, module by module, so that the whole file never lies beside the model.
-
-    A protected layer's weight and core come together, whichever of a checkpoint's files they are in.
-
-    Returns:
-        Whether it was done: not where the folder holds adapters alone, or names tensors otherwise than the model does.
-
-    Raises:
-        LoricaError: a file cannot be read.
-        RuntimeError: a tensor does not fit; see ``torch.nn.Module.load_state_dict``.
-    """
-    if not any(folder.glob("model*.safetensors")):
-        return False
-    keys, state = set(open_weights(folder).keys()), model.state_dict(keep_vars=True)
-    filled = {id(state[key]) for key in keys & state.keys()}  # tied ones are stored once
-    if keys - state.keys() or any(id(tensor) not in filled for tensor in state.values()):
-        return False
-    most = MAPPED_SHARE * sum(tensor.nbytes for tensor in state.values())
-    read = math.inf
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        own = [leaf for leaf in (*module._parameters, *module._buffers) if prefix + leaf in keys]
-        if read > most:  # what was read of a mapped file counts as resident until it is closed
-            source, read = open_weights(folder), 0
-        tensors = {leaf: source.tensor(prefix + leaf) for leaf in own}
-        if tensors:
-            module.load_state_dict(tensors, strict=False)
-        read += sum(tensor.nbytes for tensor in tensors.values())
-    return True
 
 
 def remove_checkpoints(output_dir: Path) -> None:

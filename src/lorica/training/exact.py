@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from transformers import TrainerState
 
+from lorica import processes
 from lorica.errors import LoricaError
 from lorica.training.states import random_state, set_random_state
-
-OPTIMIZER = "optimizer"
-"""Name of the files of the optimizer's state."""
 
 SCHEDULED = {"learning_rate", "num_train_epochs", "max_steps"}
 """Training arguments from which the learning rate of a step follows."""
@@ -38,8 +36,8 @@ class TrainingState:
         self._random_at_epoch: Any = None
         self._to_restore: Mapping[str, Any] | None = None
 
-    def trees(self) -> dict[str, dict[str, Any]]:
-        """Return the state as nested data and tensors, the optimizer's by itself; these are its own."""
+    def tree(self) -> dict[str, Any]:
+        """Return the state as nested data and tensors, all but the optimizer's; these are its own."""
         trainer, scaler = self.trainer, self.trainer.accelerator.scaler
         state = {
             "scheduler": trainer.lr_scheduler.state_dict(),
@@ -47,8 +45,9 @@ class TrainingState:
             "method": trainer.method.training_state(),
             "settings": {name: getattr(trainer.args, name) for name in SETTINGS},
             "seconds": self.seconds + time.perf_counter() - self._began,
+            "processes": processes.size(),
         }
-        return {"state": state | self.own(), OPTIMIZER: trainer.optimizer.state_dict()}
+        return state | self.own()
 
     def own(self) -> dict[str, Any]:
         """Return what of the state each of several processes has for itself."""
@@ -58,14 +57,14 @@ class TrainingState:
             "log": {"loss": self.trainer._tr_loss, "logged": self.trainer._globalstep_last_logged},
         }
 
-    def load(self, tree: Mapping[str, Any], optimizer: Mapping[str, Any] | None) -> None:
-        """Take over what ``trees`` returned; call it when the Trainer has made its optimizer and its schedule.
+    def load(self, tree: Mapping[str, Any], take_optimizer: Callable[[], None] | None) -> None:
+        """Take over what ``tree`` returned; call it when the Trainer has made its optimizer and its schedule.
 
         Where its ``SETTINGS`` are others than they were, it goes on with the new ones.
 
         Args:
             tree: all but the optimizer's state.
-            optimizer: its state; None: it begins anew, at the rate that the schedule has reached.
+            take_optimizer: takes over that; None: it begins anew, at the rate that the schedule has reached.
 
         Raises:
             KeyError, ValueError, TypeError: it is of another Trainer.
@@ -74,8 +73,8 @@ class TrainingState:
         trainer, scaler = self.trainer, self.trainer.accelerator.scaler
         asked = [dict(group) for group in trainer.optimizer.param_groups]
         trainer.lr_scheduler.load_state_dict(tree["scheduler"])
-        if optimizer is not None:
-            trainer.optimizer.load_state_dict(optimizer)
+        if take_optimizer is not None:
+            take_optimizer()
         else:
             for group, rate in zip(trainer.optimizer.param_groups, tree["scheduler"]["_last_lr"], strict=True):
                 group["lr"] = rate

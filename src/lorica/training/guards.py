@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorica import processes
 from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
@@ -71,8 +73,8 @@ class WeightWatch(TrainerCallback):
         """Return the name of a trained weight that holds NaN or inf, None where there is none."""
         if not self._trained or bool(torch.nn.utils.get_total_norm(self._trained.values()) <= self._limit):
             return None
-        dense = {f"{name}.weight": layer.matrix for name, layer in self._layers.items()}
-        broken = (name for name, tensor in (dense | self._trained).items() if not bool(tensor.isfinite().all()))
+        dense = {f"{name}.weight": layer.get_parameter("weight") for name, layer in self._layers.items()}
+        broken = (name for name, tensor in (dense | self._trained).items() if _broken_anywhere(tensor))
         return next(broken, None)
 
     def on_train_begin(
@@ -86,6 +88,11 @@ class WeightWatch(TrainerCallback):
         name = self.broken()
         if name is not None:
             self.stop(name)
+
+
+def _broken_anywhere(tensor: Tensor) -> bool:
+    own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return bool(processes.largest(not own.isfinite().all()))
 
 
 class ScaleWatch(TrainerCallback):

@@ -31,7 +31,10 @@ TRAJECTORY = (
 SCORING = ("eval_strategy", "eval_steps", "eval_delay", "save_strategy")
 """Of a run that goes by its scores they also depend on when it is scored, and what can be chosen."""
 
-ROWS_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps"}
+PROCESSES = "world_size"
+"""How many processes there are, by transformers' name."""
+
+ROWS_OF_A_STEP = {"per_device_train_batch_size", "gradient_accumulation_steps", PROCESSES}
 
 CHANGEABLE = (
     "learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", *sorted(ROWS_OF_A_STEP),
@@ -43,7 +46,7 @@ def trajectory(arguments: TrainingArguments) -> dict[str, Any]:
     """Return the training arguments on which the weights depend, as plain data."""
     known = arguments.to_dict()
     names = TRAJECTORY + (SCORING if goes_by_scores(arguments) else ())
-    return {name: known[name] for name in names if name in known} | {"world_size": arguments.world_size}
+    return {name: known[name] for name in names if name in known} | {PROCESSES: arguments.world_size}
 
 
 def goes_by_scores(arguments: TrainingArguments) -> bool:
@@ -89,7 +92,7 @@ def check_identity(output_dir: Path, identity: dict[str, Any], allowed: Collecti
     if changed & ROWS_OF_A_STEP and _rows(before) != _rows(now):
         raise LoricaError(
             f"--resume_from_checkpoint: a step had {_rows(before)} rows and now has {_rows(now)}, which would begin at "
-            f"another row; give {' and '.join(sorted(ROWS_OF_A_STEP))} whose product is the same"
+            f"another row; give {' and '.join(sorted(ROWS_OF_A_STEP))} (processes) whose product is the same"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorica import processes
-from lorica.constrain.kept import BASES, write_bases
+from lorica.constrain.kept import write_held
 from lorica.errors import LoricaError
 from lorica.files import remove_folder, writing
 from lorica.training.checkpoints import STATE, bases_of, checkpoints_in, note_bases
-from lorica.training.exact import OPTIMIZER, TrainingState, at_epoch_end
+from lorica.training.exact import TrainingState, at_epoch_end
 from lorica.training.interrupt import SignalCatcher
 from lorica.training.manifest import MANIFEST, damage, write_manifest
 from lorica.training.output import stored_bytes
@@ -102,11 +103,13 @@ class CheckpointKeeper(TrainerCallback):
         state.compute_steps(args, state.max_steps)  # else those of the checkpoint would go on
         if self._ends_with_best:
             state.best_model_checkpoint = self._best_before(Path(self.resume))
+        place = Path(self.resume) / STATE
         try:
-            names = ("state",) if self.reset_optimizer else ("state", OPTIMIZER)
-            found = {name: load_tree(Path(self.resume) / STATE, name) for name in names}
-            own = {} if processes.first() else load_tree(Path(self.resume) / STATE, processes.name())
-            self.state.load(found["state"] | own, found.get(OPTIMIZER))
+            found = load_tree(place, "state")
+            alike = found["processes"] == processes.size()  # else all go on with what the first one had for itself
+            own = load_tree(place, processes.name()) if alike and not processes.first() else {}
+            take = partial(self.trainer.model_state.load_optimizer, self._optimizer, place)
+            self.state.load(found | own, None if self.reset_optimizer else take)
         except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
             raise LoricaError(f"{self.resume}: the optimizer's state cannot be taken over: {error}") from error
 
@@ -151,19 +154,19 @@ class CheckpointKeeper(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         stopping = self.catcher.agreed() is not None
-        with processes.agreed():
-            if self.keeps_state or stopping:
-                self._write_state(folder)
+        if self.keeps_state or stopping:
+            self._write_state(folder / STATE)
+            self._keep_bases(folder)
         processes.by_first(lambda: self._complete(folder, state.best_model_checkpoint))
 
-    def _write_state(self, folder: Path) -> None:
-        (folder / STATE).mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
-        if not processes.first():
-            save_tree(self.state.own(), folder / STATE, processes.name())
-            return
-        for name, tree in self.state.trees().items():
-            save_tree(tree, folder / STATE, name)
-        self._keep_bases(folder)
+    def _write_state(self, place: Path) -> None:
+        with processes.agreed():
+            place.mkdir(parents=True, exist_ok=True)  # the first process may not have come so far
+            if processes.first():
+                save_tree(self.state.tree(), place, "state")
+            else:
+                save_tree(self.state.own(), place, processes.name())
+        self.trainer.model_state.save_optimizer(self._optimizer, place)
 
     def _complete(self, folder: Path, best: str | None) -> None:
         write_manifest(folder)
@@ -173,8 +176,8 @@ class CheckpointKeeper(TrainerCallback):
         method = self.trainer.method
         tensors = method.to_keep(self._model) if self._bases is None else None
         if tensors is not None:
-            self._bases = write_bases(folder.parent / BASES, method.plan, tensors)
-        if self._bases is not None:
+            self._bases = write_held(folder.parent, method.plan, tensors)
+        if self._bases is not None and processes.first():
             note_bases(folder, self._bases)
 
     def keep(self) -> Path | None:

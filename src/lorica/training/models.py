@@ -19,6 +19,7 @@ from lorica.data.positions import position_limit as position_limit
 from lorica.errors import LoricaError
 from lorica.hub import check_pinned, check_pinned_data, commit_of, is_local
 from lorica.redaction import redacted
+from lorica.training.sharding import Sharding
 from lorica.training.trust import refuse_hub_kernels, refuse_kernels_of, refuse_pickled_weights
 
 _NOT_GENERATIVE = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -70,7 +71,9 @@ def load_model_config(config: UpdateConfig) -> Any:
     )
 
 
-def load_model(config: UpdateConfig, model_config: Any, device: torch.device | str = "cpu") -> Any:
+def load_model(
+    config: UpdateConfig, model_config: Any, device: torch.device | str = "cpu", sharding: Sharding | None = None
+) -> Any:
     """Return the model of an update; see ``read_model``."""
     return read_model(
         config.model_name_or_path,
@@ -81,6 +84,7 @@ def load_model(config: UpdateConfig, model_config: Any, device: torch.device | s
         dtype=config.dtype,
         attn_implementation=config.attn_implementation,
         device=device,
+        sharding=sharding,
     )
 
 
@@ -153,6 +157,7 @@ def read_model(
     attn_implementation: str | None = None,
     allow_pickle: bool = False,
     device: torch.device | str = "cpu",
+    sharding: Sharding | None = None,
 ) -> Any:
     """Return a model with its weights on a device. Other arguments as in ``read_tokenizer``.
 
@@ -161,6 +166,7 @@ def read_model(
         dtype: of the weights; "auto": as they are saved.
         attn_implementation: sdpa, eager, ...; transformers' choice by default.
         allow_pickle: take a folder whose weights are pickles as well; they are read as tensors alone, running no code.
+        sharding: each process reads its own parts of the weights alone, onto the device that is its own.
 
     Raises:
         LoricaError: no weights, some missing, damaged ones, weights that only pickle could load, an unknown dtype, or
@@ -169,14 +175,14 @@ def read_model(
     kind = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
     model, loading = read_weights(
         kind, name, revision, trust_remote_code, dtype=dtype, attn_implementation=attn_implementation,
-        allow_pickle=allow_pickle,
+        allow_pickle=allow_pickle, **({} if sharding is None else {"distributed_config": sharding.config()}),
     )  # fmt: skip
     if missing := sorted(loading["missing_keys"]):
         raise LoricaError(
             f"model {name}: {len(missing)} of its weights are missing, such as {missing[0]}; transformers would fill "
             "them with random numbers. Give the folder of the whole model"
         )
-    return model.to(device)
+    return model.to(device) if sharding is None else model
 
 
 def read_weights(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from lorica.errors import LoricaError
@@ -54,12 +55,15 @@ def make_output_dir(output_dir: str) -> Path:
     return path
 
 
-def save_model(model: Any, tokenizer: Any, output_dir: Path) -> Listing:
+def save_model(model: Any, tokenizer: Any, output_dir: Path, weights: Mapping[str, Tensor] | None = None) -> Listing:
     """Write a plain model folder, whole or not at all, and return what it consists of.
 
     Everything is written into a folder aside first, brought to the disk, and moved from there, file by file, the
     weights last. If anything fails, the files of the same names that were there before are there again, and no new
     one. A process that is killed between two moves leaves a folder that no loader takes for a model, or a whole one.
+
+    Args:
+        weights: of ``sharded_state.whole_weights``, where the model is sharded.
 
     Raises:
         CannotWrite: there is no room for it, or no right to write there.
@@ -68,8 +72,8 @@ def save_model(model: Any, tokenizer: Any, output_dir: Path) -> Listing:
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with writing(output_dir, f"--output_dir {output_dir}: cannot write the model", lambda: stored_bytes(model)):
-            with without_bars():
-                model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD)
+            with without_bars(), nullcontext() if weights is None else _plain_configuration(model):
+                model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD, state_dict=weights)
             tokenizer.save_pretrained(aside / "new")
             sync_tree(aside / "new")
             files = listing(aside / "new")
@@ -82,6 +86,16 @@ def save_model(model: Any, tokenizer: Any, output_dir: Path) -> Listing:
 def stored_bytes(model: Any) -> int:
     """Return the bytes of a model's tensors as they are saved."""
     return sum({id(tensor): tensor.nbytes for tensor in model.state_dict(keep_vars=True).values()}.values())
+
+
+@contextmanager
+def _plain_configuration(model: Any) -> Iterator[None]:
+    """Take from a configuration that its model is sharded: ``save_pretrained`` would wait for the other processes."""
+    sharded, model.config.distributed_config = model.config.distributed_config, None
+    try:
+        yield
+    finally:
+        model.config.distributed_config = sharded
 
 
 @contextmanager

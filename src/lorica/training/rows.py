@@ -31,15 +31,26 @@ class Numbered(Dataset[Row]):
 
 
 class NumberedCollate:
-    """A collator that leaves the numbers of ``Numbered`` rows in the batch; other rows are as they always are."""
+    """A collator that leaves the numbers of ``Numbered`` rows in the batch; others, which are only scored, have none.
 
-    def __init__(self, collate: Collate) -> None:
-        self.collate = collate
+    Args:
+        collate: makes a batch of numbered rows.
+        scored: makes one of the others; the same by default.
+    """
+
+    def __init__(self, collate: Collate, scored: Collate | None = None) -> None:
+        self.collate, self.scored = collate, scored or collate
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.collate([{key: row[key] for key in row if key != NUMBER} for row in rows])
         numbers = [row[NUMBER] for row in rows if NUMBER in row]
-        return {**batch, NUMBER: numbers} if numbers else batch
+        if not numbers:
+            return self.scored(rows)
+        return {**self.collate([{key: row[key] for key in row if key != NUMBER} for row in rows]), NUMBER: numbers}
+
+
+def tokens_of(row: Row) -> int:
+    """Return how many tokens a row's passes work on: of what is read, and of an encoder-decoder's target."""
+    return len(row["input_ids"]) + len(row["labels"])
 
 
 def where(rows: Rows, number: int) -> str:

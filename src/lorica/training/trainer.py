@@ -12,21 +12,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PrinterCallback, Seq2SeqTrainer, Trainer, TrainingArguments
 
+from lorica import processes
 from lorica.data.dataset import EncodedDataset
+from lorica.data.dealing import TokenBalanced
 from lorica.data.example import IGNORED_LABEL
 from lorica.data.parts import in_parts, told_of_memory
 from lorica.errors import Interrupted, LoricaError
 from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
-from lorica.training.checkpoints import load_weights
 from lorica.training.guards import ScaleWatch, WeightWatch
 from lorica.training.in_backward import OPTION, StepInBackward, check_embeddings, check_method
 from lorica.training.interrupt import SignalCatcher
 from lorica.training.keeper import CheckpointKeeper
 from lorica.training.manifest import damage
 from lorica.training.micro_batches import MicroBatches
-from lorica.training.output import without_bars
-from lorica.training.rows import Numbered, NumberedCollate
+from lorica.training.model_state import ModelState
+from lorica.training.padding_free import flat_collator
+from lorica.training.rows import Numbered, NumberedCollate, tokens_of
+from lorica.training.sharded_state import ShardedState
 from lorica.training.states import random_state, set_random_state
 from lorica.training.stops import Stops, check_same_bases
 
@@ -42,23 +45,27 @@ class MethodMixin(Stops):
         rows: what is trained on.
         collate: makes a batch of rows.
         optimizer_in_backward: step each parameter as soon as the backward pass has its gradient.
+        padding_free: lay the rows of a training batch end to end instead.
     """
 
     def __init__(
-        self: Any, *, method: Method, rows: Rows, collate: Collate, optimizer_in_backward: bool = False, **kwargs: Any
-    ) -> None:
+        self: Any, *, method: Method, rows: Rows, collate: Collate, optimizer_in_backward: bool = False,
+        padding_free: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if optimizer_in_backward:
             check_method(method)
         self.method, self.rows, self.in_backward = method, rows, optimizer_in_backward
+        self.model_state = (ShardedState if processes.in_step(kwargs["model"]) else ModelState)(kwargs["model"])
         self.stepper: StepInBackward | None = None
-        self._scoring = False
-        super().__init__(train_dataset=Numbered(rows), data_collator=NumberedCollate(collate), **kwargs)  # type: ignore[call-arg]
+        self._scoring, self.padding_free = False, padding_free
+        trained = flat_collator(kwargs["model"]) if padding_free else collate
+        super().__init__(train_dataset=Numbered(rows), data_collator=NumberedCollate(trained, collate), **kwargs)  # type: ignore[call-arg]
         assert not self.args.remove_unused_columns, "the rows' numbers would be removed"
         self.max_grad_norm = self.args.max_grad_norm
         if method.clips:
             self.args.max_grad_norm = 0.0
         self.micro_batches = MicroBatches(
-            rows, collate, self._trained, self.args.train_batch_size,
+            rows, trained, self._trained, self.args.train_batch_size,
             once=self._why_once(), tell=self._note,
         )  # fmt: skip
         self.add_callback(WeightWatch(self._stop_at_weight))
@@ -74,11 +81,26 @@ class MethodMixin(Stops):
         if self.optimizer is None:
             super().create_optimizer(model)  # type: ignore[misc]
             wrapped: Any = self.method.wrap_optimizer(self.optimizer, self.max_grad_norm)
+            if processes.in_step(self.model):  # torch cannot load the parts of a state with an empty group
+                wrapped.param_groups[:] = [group for group in wrapped.param_groups if group["params"]]
             if self.in_backward:
                 check_embeddings(self.model, wrapped)
                 wrapped = self.stepper = StepInBackward(wrapped, self._check_gradient)
             self.optimizer = wrapped
         return self.optimizer
+
+    def get_train_dataloader(self: Any) -> Any:
+        """Return the batches of this process: of every step about as many tokens as the others'."""
+        loader, args = super().get_train_dataloader(), self.args  # type: ignore[misc]
+        if args.world_size > 1 and args.train_sampling_strategy != "batch_rebalance":  # which shares out by itself
+            whole = loader.batch_sampler.batch_sampler  # of all processes
+            balanced = TokenBalanced(
+                whole.sampler, lambda number: tokens_of(self.rows[number]), size=whole.batch_size,
+                ranks=args.world_size, rounds=args.gradient_accumulation_steps, padded=not self.padding_free,
+                drop_last=whole.drop_last,
+            )  # fmt: skip
+            loader.set_sampler(balanced)
+        return loader
 
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -98,24 +120,21 @@ class MethodMixin(Stops):
             super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
+        if not self.model_state.load(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _load_best_model(self: Any) -> None:
         best = Path(self.state.best_model_checkpoint)
         if wrong := damage(best):
             raise LoricaError(f"{best} is the best model: {wrong}; go on from a checkpoint before it, or begin anew")
-        if not load_weights(self.model, best):
+        if not self.model_state.load(best):
             super()._load_best_model()  # type: ignore[misc]
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Write the model and the tokenizer; the Trainer's own would add a pickle, which can hold a token."""
-        if not self.args.should_save:
-            return
         folder = self.args.output_dir if output_dir is None else output_dir
-        with without_bars():
-            self.model.save_pretrained(folder, state_dict=state_dict)
-        if self.processing_class is not None:
+        self.model_state.save(Path(folder))
+        if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
     def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +144,7 @@ class MethodMixin(Stops):
         finally:
             set_random_state(random)
             self.model.train(training)
+            processes.reshard(self.model)
 
     def prediction_step(
         self: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
@@ -139,7 +159,7 @@ class MethodMixin(Stops):
             return [(one_pass(model, part, True, *args, **kwargs)[0], self._trained(part["labels"]))]
 
         try:
-            parts = in_parts(shares, range(len(inputs["labels"])))
+            parts = in_parts(shares, range(len(inputs["labels"])), in_step=processes.in_step(self.model))
         finally:
             self._scoring = False
         if len(parts) == 1:
@@ -222,6 +242,7 @@ def fit(
     resume_from_checkpoint: str | None = None,
     reset_optimizer: bool = False,
     optimizer_in_backward: bool = False,
+    padding_free: bool = False,
     quiet: bool = False,
 ) -> list[dict[str, float]]:
     """Train a prepared model on a dataset and return the Trainer's log; ``notice`` are what a record should hold.
@@ -234,6 +255,7 @@ def fit(
         resume_from_checkpoint: a folder of ``checkpoint_to_resume``.
         reset_optimizer: go on from there with a new optimizer state.
         optimizer_in_backward: see ``StepInBackward``; the arguments have gone through ``check_in_backward``.
+        padding_free: see ``FlatCollator``; the model has gone through ``check_keeps_rows_apart``.
         quiet: print none of the Trainer's log.
 
     Raises:
@@ -252,6 +274,7 @@ def fit(
             rows=dataset,
             collate=collate,
             optimizer_in_backward=optimizer_in_backward,
+            padding_free=padding_free,
             model=model,
             args=arguments,
             eval_dataset=eval_dataset,
