@@ -221,9 +221,9 @@ def learned(method: Any, folder: Path, prepare: Callable[[Any], None] = lambda m
     return model, log
 
 
-def assert_same(one: Any, other: Any) -> None:
+def assert_same(one: Any, other: Any, atol: float = 1e-6) -> None:
     for mine, theirs in zip(one[0].parameters(), other[0].parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=atol)
     losses = [[row["loss"] for row in log if "loss" in row] for _, log in (one, other)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -254,7 +254,8 @@ def test_every_method_learns_the_same(name: str, tmp_path: Path) -> None:
         learned(METHODS[name].build(SMALL.get(name, {})), tmp_path, padding_free=padding_free)
         for padding_free in (True, False)
     )
-    assert_same(flat, padded)
+    # Its bases are kept in float32: what rounding leaves of a direction AdamW makes a step of.
+    assert_same(flat, padded, atol=1e-5 if name == "osft-gradient" else 1e-6)
     moved = [
         (mine - own).detach().abs().max()
         for mine, own in zip(flat[0].parameters(), tiny("llama").parameters(), strict=True)

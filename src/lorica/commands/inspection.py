@@ -20,7 +20,7 @@ def inspect(
         float | None, typer.Option("--unfreeze_rank_ratio", help="Share of the directions the plan leaves free; 0.25.")
     ] = None,
     ranks: Annotated[str, typer.Option("--ranks", help="uniform, importance, energy or effective-rank.")] = "uniform",
-    source: Annotated[str, typer.Option("--source", help="weight, activation or hybrid.")] = "weight",
+    source: Annotated[str, typer.Option("--source", help="weight, activation, curvature or hybrid.")] = "weight",
     target_modules: Annotated[
         list[str] | None, typer.Option("--target_modules", help="Names or regular expressions. Repeatable.")
     ] = None,

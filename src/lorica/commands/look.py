@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -91,6 +91,7 @@ def list_() -> None:
     from lorica.constrain.targets import FAMILIES
     from lorica.data.stream import read_stream
     from lorica.methods import METHODS
+    from lorica.subspace.plan import Constraint, Source
     from lorica.subspace.ranks import RANKS
 
     print("methods:")
@@ -99,7 +100,7 @@ def list_() -> None:
     print("benchmarks:")
     for name, path in catalogue().items():
         print(f"  {name:14} {' '.join(read_stream(path).description.split())}")
-    print("constraints: two-sided, input, output, block   sources: weight, activation, hybrid")
+    print(f"constraints: {', '.join(get_args(Constraint))}   sources: {', '.join(get_args(Source))}")
     print(f"rank policies: {', '.join(RANKS)}")
     print("model families (any other takes all linear layers but the output head):")
     print(f"  {', '.join(FAMILIES)}")
