@@ -150,6 +150,18 @@ def test_weights_with_the_same_inputs_share_a_basis_however_few_outputs_they_hav
     assert attention.q_proj.in_basis is attention.k_proj.in_basis is attention.v_proj.in_basis
 
 
+def test_a_pattern_counts_each_side_as_a_share_does() -> None:
+    model = tiny("llama")
+    pattern = {"k_proj": 0.75, "v_proj": 5, "down_proj": 1.0}
+    plan = lorica.plan(model, 0.5, source="curvature", calibration=calibration_of(model), rank_pattern=pattern)
+    given = {entry.name.split(".")[-1]: entry.given for entry in plan.entries[:7]}
+    assert given == {
+        "q_proj": (16, 16), "k_proj": (12, 24), "v_proj": (5, 5), "o_proj": (16, 16),
+        "gate_proj": (16, 16), "up_proj": (16, 16), "down_proj": (32, 32),
+    }  # fmt: skip
+    lorica.protect(model, plan)
+
+
 def trainable_of(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
     return [model.get_submodule(name).get_parameter("weight") for name in plan.names()]
 

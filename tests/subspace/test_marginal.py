@@ -154,9 +154,20 @@ def test_less_forgetting_leaves_less_freedom() -> None:
     assert free[1] > free[2] > free[3]
 
 
+def test_what_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a wide model half of a side at most is handed out."""
+    monkeypatch.setattr("lorica.constrain.plan_counts.LARGEST_MARGINAL", 8)
+    model = tiny("llama")
+    for asked in ({"unfreeze_rank_ratio": 0.1}, {"expected_forgetting": 1e-6}):
+        with pytest.raises(LoricaError, match="protects at most 8 directions of a side"):
+            lorica.plan(model, calibration=[batch(model, 7)], **MARGINAL, **asked)
+    lorica.plan(model, 0.95, calibration=[batch(model, 7)], **MARGINAL)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (MARGINAL | {"rank_pattern": {"q_proj": 0}}, "rank_pattern has no effect with ranks 'marginal'"),
         ({"source": "activation", "ranks": "marginal"}, "it needs source 'curvature', not 'activation'"),
         ({"source": "curvature", "ranks": "marginal", "constraint": "block"}, "'block' protects only both together"),
         ({"source": "curvature", "expected_forgetting": 0.1}, "expected_forgetting has no effect with ranks 'uniform'"),

@@ -77,12 +77,12 @@ def at_owners(
         LoricaError: one of them could not be worked on; in every process.
     """
     made: dict[str, Made] = {}
-    problem: LoricaError | None = None
+    problem: Exception | None = None
     for name, whole, names in _whole_weights(alike, layers):
         if name is not None and whole is not None and problem is None:
             try:
                 made[name] = work(name, whole.T if WRAPPERS[type(layers[name])].transposed else whole)
-            except LoricaError as error:  # the others wait for this process, and have to hear of it
+            except Exception as error:  # the others wait for this process, and have to hear of it
                 problem = error
         for one in names:
             tell(one)
@@ -99,7 +99,7 @@ def _whole_weights(
         yield turn[alike.group.rank()], whole, [name for name in turn if name is not None]
 
 
-def agree(problem: LoricaError | None, group: dist.ProcessGroup) -> None:
+def agree(problem: Exception | None, group: dist.ProcessGroup) -> None:
     """Raise in every process if one has a problem: its own words there, and a reference to them in the others."""
     flag = torch.tensor([group.rank() + 1 if problem else 0], device=device_of(group))
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)

@@ -30,9 +30,17 @@ def marginal_entries(
     """Return the entries with the counts of ``marginal``, those of ``uniform`` given."""
     greedy = Greedy(entries, factors)
     if expected_forgetting is None:
-        counts = within_freedom(greedy, sum(entry.free for entry in entries))
+        free = sum(entry.free for entry in entries)
+        counts, reached = within_freedom(greedy, free), greedy.free <= free
     else:
         counts = within_forgetting(greedy, expected_forgetting)
+        reached = greedy.forgetting_share <= expected_forgetting
+    if greedy.at_the_end and not reached:
+        raise LoricaError(
+            f"ranks 'marginal' protects at most {LARGEST_MARGINAL} directions of a side: {greedy.free:,} degrees of "
+            f"freedom and {greedy.forgetting_share:.2g} of the expected forgetting are left then; ask for that much, "
+            "or use ranks 'uniform'"
+        )
     why = f"marginal: {greedy.forgetting_share:.3g} of an unconstrained update's forgetting expected"
     return [entry.with_counts(*counts[entry.name], why) for entry in entries]
 
@@ -121,6 +129,8 @@ def _count(option: str, amount: float | int, entry: PlanEntry) -> int:
 
 
 def with_pattern(entries: list[PlanEntry], rank_pattern: Mapping[str, float | int]) -> list[PlanEntry]:
+    """Return the entries with the counts that ``rank_pattern`` gives those whose names end in a pattern."""
+    width = max(min(entry.shape) for entry in entries)
     for pattern, amount in rank_pattern.items():
         checked_amount(f"rank_pattern[{pattern!r}]", amount)
         compiled = user_pattern("rank_pattern", pattern)
@@ -128,7 +138,9 @@ def with_pattern(entries: list[PlanEntry], rank_pattern: Mapping[str, float | in
         if not hits:
             raise LoricaError(f"rank_pattern: {pattern!r} matches none of the {len(entries)} constrained weights")
         for i in hits:
-            k = _count(f"rank_pattern[{pattern!r}]", amount, entries[i])
-            why = f"rank_pattern {pattern!r}: {amount:g}"
-            entries[i] = entries[i].model_copy(update={"k": k, "k_output": None, "why": why})
+            entry = entries[i].model_copy(update={"k_output": None, "why": f"rank_pattern {pattern!r}: {amount:g}"})
+            if isinstance(amount, float):
+                entries[i] = entry.model_copy(update=each_side(entry, amount, width))
+            else:
+                entries[i] = entry.model_copy(update={"k": _count(f"rank_pattern[{pattern!r}]", amount, entry)})
     return entries

@@ -107,6 +107,8 @@ def plan(
     targets = find_targets(model, target_modules, freeze_experts=freeze_experts)
     sharded = sharded_layers(targets)
     if ranks == "marginal":
+        if rank_pattern:
+            raise LoricaError("rank_pattern has no effect with ranks 'marginal', which hands directions out by itself")
         check_whole(targets, "ranks 'marginal' (it compares what was measured of all)")
     if source not in MEASURED and ranks != "importance" and calibration is not None:
         raise LoricaError(
@@ -141,8 +143,7 @@ def plan(
     together = sums_at_owners(model, sharded) if sharded else None
     factors = measure(model, targets, batches, sides, earlier=earlier, together=together)
     if ranks == "marginal":
-        entries = marginal_entries(result.entries, factors, expected_forgetting)
-        result.entries = with_pattern(entries, rank_pattern or {})
+        result.entries = marginal_entries(result.entries, factors, expected_forgetting)
     return result.with_measured(factors=factors)
 
 

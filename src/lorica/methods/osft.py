@@ -133,9 +133,10 @@ class OSFT(Method):
         options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in _NOT_PLANNED}
         if asked.rank_schedule is not None:
             options["effective_rank"] = scheduled_share(asked.rank_schedule, index)
-        if asked.calibration is None and (asked.source in MEASURED or asked.ranks == "importance"):
+        calibrates = asked.source in MEASURED or asked.ranks == "importance"
+        if calibrates and asked.calibration is None:
             options["calibration"] = _default_calibration(model)
-        if texts is not None and options["calibration"] == "self":
+        if calibrates and texts is not None and options["calibration"] == "self":
             options["calibration"] = texts
         return options | ({"earlier": self.tasks.factors} if self.tasks else {})
 
@@ -255,7 +256,7 @@ class OSFT(Method):
         if tasks and not self.protection.remember_tasks:
             raise LoricaError(
                 "finished tasks were learned with remember_tasks, and what they were would now be forgotten: "
-                "set remember_tasks"
+                "set remember_tasks, or remove the folder memory beside the model to give it up"
             )
         if self.protection.protect_learned:
             self.learned.load_state_dict(learned)

@@ -109,6 +109,11 @@ class Greedy:
         """Forgetting expected of a random update in the free directions, over that of one of its norm in all."""
         return self._left / max(self.free, 1) / self._all if self._all > 0 else 0.0
 
+    @property
+    def at_the_end(self) -> bool:
+        """Whether a side is protected as far as it was measured, and has more directions."""
+        return any(side.count == len(side.held) - 1 < side.dim for side in self._open)
+
     def steps(self) -> Iterator[None]:
         """Protect one step more each time; end when nothing is left that costs anything."""
         heap = [(-side.price(), number) for number, side in enumerate(self._open)]

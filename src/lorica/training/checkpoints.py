@@ -123,7 +123,7 @@ def bases_of(folder: Path) -> dict[str, str] | None:
     file = folder / BASES_NOTE
     try:
         noted = dict(load_json(file, constants=True)["sha256"]) if file.exists() else None
-        if noted is not None and not all(_FILE_OF_BASES.fullmatch(name) for name in noted):
+        if noted is not None and not (noted and all(_FILE_OF_BASES.fullmatch(name) for name in noted)):
             raise ValueError("it names what are no files of bases")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LoricaError(f"{file}: cannot tell which bases the checkpoint belongs to: {error}") from error
