@@ -15,8 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from lorica.cli import app
+from lorica.config import UpdateConfig
 from lorica.constrain.audit import audit_weight
 from lorica.errors import LoricaError
+from lorica.forecast.dry_model import begin
 from lorica.forecast.ledger import Operation
 from lorica.forecast.needs import audit_workspace, split_workspace
 from lorica.forecast.options import parse_bytes
@@ -265,3 +267,18 @@ def test_a_gpu_that_is_not_here_needs_a_number(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LoricaError, match="--device_memory"):
         machine_for("cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"expected_forgetting": 0.1}, "expected_forgetting has no effect with ranks 'uniform'"),
+        ({"remember_tasks": True}, "remember_tasks has no effect with source 'weight'"),
+        ({"rehearse_weight": 3.0}, "rehearse_weight has no effect without rehearse"),
+        ({"ranks": "marginal"}, "ranks 'marginal' weighs measured energies"),
+        ({"ranks": "energy", "source": "curvature"}, "ranks 'energy' reads the weight's spectrum"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused_before_training(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoricaError, match=message):
+        begin(None, UpdateConfig(model_name_or_path="m", train_file="rows", output_dir="out", **options), None)  # type: ignore[arg-type]

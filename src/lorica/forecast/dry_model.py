@@ -10,11 +10,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lorica.config import UpdateConfig
 from lorica.constrain.plan_counts import each_side
-from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO
+from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO, check_choices, check_used
 from lorica.constrain.planning import plan
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, TaskData, build_method
-from lorica.methods.base import Method, scheduled_share
+from lorica.methods.base import Method, Protection, scheduled_share
+from lorica.methods.options import checked_options
 from lorica.methods.osft import OSFT
 from lorica.methods.rehearsal import Rehearsal
 from lorica.subspace.plan import MEASURED, Plan, default_constraint
@@ -78,6 +79,7 @@ def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
     names = {f.name for f in fields(METHODS[config.method].options_type)}
     given = {name: getattr(config, name) for name in ("target_modules", "train_also", "freeze_experts")}
     if config.method == "osft":
+        _check_options(config)
         made = Plan.load(config.plan_file) if config.plan_file else assumed_plan(model, config, task.index)
         given = {"plan": made, "memory_mode": config.memory_mode}
     given = {name: value for name, value in given.items() if name in names}
@@ -86,6 +88,22 @@ def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
     if isinstance(method, OSFT) and config.rehearse:
         method.rehearsal = Rehearsal.blank(model, config.rehearse)
     return method
+
+
+def _check_options(config: UpdateConfig) -> None:
+    """Refuse what training would refuse: options that do not fit together.
+
+    Raises:
+        LoricaError: with the option.
+    """
+    told = {f.name: getattr(config, f.name) for f in fields(Protection) if hasattr(config, f.name)}
+    checked_options(Protection, {name: value for name, value in told.items() if name != "calibration"})
+    if config.plan_file:
+        return
+    constraint = config.constraint or default_constraint(config.source)
+    check_choices(ranks=config.ranks, source=config.source, constraint=constraint)
+    amounts = ("unfreeze_rank_ratio", "osft_unfreeze_rank_ratio", "effective_rank", "mrr", "trr", "expected_forgetting")
+    check_used(config.ranks, {name: getattr(config, name) for name in amounts})
 
 
 def assumed_plan(model: Any, config: UpdateConfig, index: int = 0) -> Plan:

@@ -189,7 +189,9 @@ class _Run:
         return RATIOS[low] if low >= 0 else None
 
     def _fits(self, mode: str, ratio: float) -> bool:
-        amounts = ("effective_rank", "osft_unfreeze_rank_ratio", "rank_schedule")
+        amounts = (
+            "effective_rank", "osft_unfreeze_rank_ratio", "rank_schedule", "mrr", "trr", "expected_forgetting",
+        )  # fmt: skip
         update = dict.fromkeys(amounts) | {"unfreeze_rank_ratio": ratio, "memory_mode": mode, "ranks": "uniform"}
         model, step = self._dry(self.settings.model_copy(update=update), self.batches.worst)
         found = self._phases(model, step)
