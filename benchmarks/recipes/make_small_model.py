@@ -78,20 +78,29 @@ def _corrupted_row(ids: list[int], tokenizer: PreTrainedTokenizerFast) -> tuple[
     return [*source, tokenizer.eos_token_id], [*target, tokenizer.eos_token_id]
 
 
-def llama(vocabulary: int) -> LlamaForCausalLM:
-    """Return an untrained Llama."""
+def small_llama(
+    vocabulary: int, *, width: int, inner: int, layers: int, heads: int, positions: int, tied: bool = False
+) -> LlamaForCausalLM:
+    """Return an untrained Llama, whose first three tokens are padding, beginning and end; ``tied``: its head is its
+    embedding."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=POSITIONS,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     )
     return LlamaForCausalLM(config)
+
+
+def llama(vocabulary: int) -> LlamaForCausalLM:
+    """Return an untrained Llama."""
+    return small_llama(vocabulary, width=WIDTH, inner=INNER, layers=LAYERS, heads=HEADS, positions=POSITIONS)
 
 
 def t5(vocabulary: int) -> T5ForConditionalGeneration:
@@ -212,13 +221,30 @@ def pretrain(
 ) -> None:  # fmt: skip
     """Train all parameters; ``half``: with products in bfloat16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.98))
-    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
-    model.train()
-    start = time.monotonic()
-    for step, block_BL in zip(range(1, steps + 1), batches(rows_RL), strict=False):
+    drawn = batches(rows_RL)
+
+    def losses() -> Iterator[Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            loss = model(**kind.objective(block_BL, tokenizer)).loss
-        loss.backward()
+            loss: Tensor = model(**kind.objective(next(drawn), tokenizer)).loss
+        yield loss
+
+    model.train()
+    train(model, optimizer, steps, losses)
+
+
+def train(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int, losses: Callable[[], Iterator[Tensor]]
+) -> None:
+    """Take so many steps at a rate that rises for a twentieth of them and falls as a cosine, and tell how it goes.
+
+    Args:
+        losses: those of one step, whose gradients are added; each is asked for when the one before is done with.
+    """
+    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
+    start = time.monotonic()
+    for step in range(1, steps + 1):
+        for loss in losses():
+            loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

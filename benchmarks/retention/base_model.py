@@ -10,7 +10,6 @@ same machine. On one core 1m takes about four minutes.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,13 +17,9 @@ from typing import NamedTuple
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.recipes.make_small_model import small_llama, train
 from benchmarks.retention.bed import FACTS, SKILL_ROWS, read_rows, run_script, test_file
 from benchmarks.retention.facts import Row
 from benchmarks.retention.skills import SKILLS
@@ -76,19 +71,9 @@ def make_tokenizer(rows: Sequence[Row]) -> PreTrainedTokenizerFast:
 def make_model(size: Size, vocabulary: int, seed: int) -> LlamaForCausalLM:
     """Return the untrained model."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=size.width,
-        intermediate_size=size.inner,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+    return small_llama(
+        vocabulary, width=size.width, inner=size.inner, layers=size.layers, heads=size.heads, positions=POSITIONS
     )
-    return LlamaForCausalLM(config)
 
 
 def batches(
@@ -117,18 +102,12 @@ def pretrain(
     norms = [p for p in model.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
-    scheduler = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
-    start = time.monotonic()
-    for step in range(1, steps + 1):
+
+    def losses() -> Iterator[Tensor]:
         for part in parts:
-            loss = model(**{name: tensor.to(model.device) for name, tensor in next(part).items()}).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-        if step % 250 == 0:
-            print(f"step {step:5d}  loss {loss.item():.3f}  {time.monotonic() - start:.0f} s", flush=True)
+            yield model(**{name: tensor.to(model.device) for name, tensor in next(part).items()}).loss
+
+    train(model, optimizer, steps, losses)
 
 
 def share_right(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> float:

@@ -18,9 +18,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from benchmarks.recipes.make_small_model import BATCH_SIZE, KINDS, blocks, make_tokenizer, pretrain, training_texts
+from benchmarks.recipes.make_small_model import (
+    BATCH_SIZE,
+    KINDS,
+    blocks,
+    make_tokenizer,
+    pretrain,
+    small_llama,
+    training_texts,
+)
 
 WIDTH, INNER, LAYERS, HEADS, POSITIONS = 192, 512, 4, 6, 1024
 VOCABULARY = 6144
@@ -29,19 +37,7 @@ HELD_OUT = 50
 
 def text_llama(vocabulary: int) -> LlamaForCausalLM:
     """Return an untrained Llama whose head is its embedding."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
+    return small_llama(vocabulary, width=WIDTH, inner=INNER, layers=LAYERS, heads=HEADS, positions=POSITIONS, tied=True)
 
 
 def two_parts(texts: list[str], seed: int) -> tuple[list[str], list[str]]:

@@ -34,7 +34,7 @@ from lorica.redaction import cleaned
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
 from lorica.told import comparison, foreseen, memory_told, progress_bar
-from lorica.training.arguments import check_arguments, check_trackers, training_arguments, wide_states
+from lorica.training.arguments import check_arguments, check_trackers, training_arguments
 from lorica.training.checkpoints import (
     checkpoint_to_resume,
     kept_bases,
@@ -51,6 +51,7 @@ from lorica.training.models import (
     position_limit,
     stock_configuration,
 )
+from lorica.training.optimizers import wide_states
 from lorica.training.output import check_output_dir, make_output_dir, save_model
 from lorica.training.padding_free import check_keeps_rows_apart
 from lorica.training.room import telling_the_way_on

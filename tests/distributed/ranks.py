@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,13 @@ from accelerate.state import AcceleratorState
 
 SECONDS = 120
 """After which a process that hangs ends."""
+
+
+def torchrun(size: int, *words: str) -> list[str]:
+    """Return the command that starts so many processes of a script, or of ``-m`` and a module."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(size), *words,
+    ]  # fmt: skip
 
 
 def on_ranks(size: int, work: Callable[[int], Any]) -> list[Any]:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 import lorica
 from lorica.constrain.protect import protected_layers
-from tests.distributed.ranks import free_port, on_ranks
+from tests.distributed.ranks import free_port, on_ranks, torchrun
 from tests.distributed.trainings import Course, in_fsdp, load_sharded, plan_of_shapes, save, weights_of
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 
@@ -111,17 +111,7 @@ def test_the_script_trains_as_one_process_does(
 def test_torchrun_takes_the_script(
     options: list[str], llama_folder: Path, rows: Callable[..., str], tmp_path: Path
 ) -> None:
-    size = "4" if "--copies=2" in options else "2"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        size,
-        str(SCRIPT),
-        *options,
-    ]
+    command = torchrun(4 if "--copies=2" in options else 2, str(SCRIPT), *options)
     command += words_for(llama_folder, rows("new"), tmp_path / "updated")
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from lorica.constrain.bases import Bases
 from lorica.errors import Interrupted, LoricaError
 from lorica.methods.rehearsal import Rehearsal
 from lorica.update import train
-from tests.distributed.ranks import on_ranks
+from tests.distributed.ranks import on_ranks, torchrun
 from tests.methods.little_text import little_text  # noqa: F401
 from tests.reliability.interruptions import stopped_at
 from tests.training.conftest import llama_folder  # noqa: F401
@@ -251,26 +250,8 @@ def test_bases_that_differ_stop_the_training(model_folder: Path, rows: Path, tmp
 
 @pytest.mark.slow
 def test_torchrun(model_folder: Path, rows: Path, tmp_path: Path) -> None:
-    words = [
-        "--model_name_or_path",
-        str(model_folder),
-        "--train_file",
-        str(rows),
-        "--output_dir",
-        str(tmp_path / "out"),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "lorica",
-        "train",
-        *words,
-    ]
+    command = torchrun(2, "-m", "lorica", "train", "--model_name_or_path", str(model_folder))
+    command += ["--train_file", str(rows), "--output_dir", str(tmp_path / "out")]
     command += ["--per_device_train_batch_size", "2", "--max_steps", "3"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}

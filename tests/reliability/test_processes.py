@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lorica.errors import LoricaError
 from lorica.training.arguments import training_arguments
+from tests.distributed.ranks import torchrun
 
 LAUNCHER = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
 
@@ -40,18 +40,7 @@ def test_settings_of_the_launcher_are_not_ignored(engine: str, tmp_path: Path, m
 
 @pytest.mark.slow
 def test_other_commands_end_at_once_under_torchrun(tmp_path: Path) -> None:
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "lorica",
-        "demo",
-    ]
-    words += ["--output_dir", str(tmp_path / "out")]
+    words = torchrun(2, "-m", "lorica", "demo", "--output_dir", str(tmp_path / "out"))
     done = subprocess.run(
         words, capture_output=True, text=True, timeout=60, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

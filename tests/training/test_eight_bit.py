@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import lorica
 from lorica.config import build_config
 from lorica.errors import LoricaError
-from lorica.training.arguments import training_arguments, wide_states
+from lorica.training.arguments import training_arguments
 from lorica.training.in_backward import StepInBackward
+from lorica.training.optimizers import wide_states
 from lorica.update import train as update
 from tests.builders import VOCABULARY, batch, train, trainable
 

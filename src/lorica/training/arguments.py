@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import os
 import typing
 import warnings
 from dataclasses import fields
@@ -12,15 +10,16 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
-from transformers import SchedulerType, Seq2SeqTrainingArguments, Trainer, TrainingArguments, get_scheduler
+from transformers import SchedulerType, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.training_args import OptimizerNames
 
 from lorica import processes
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError, did_you_mean
+from lorica.training.argument_values import SHARDED, check_launcher, check_values
 from lorica.training.in_backward import check_in_backward
+from lorica.training.optimizers import check_optimizer, check_schedule
 from lorica.training.sharding import OPTIONS as SHARDING
 from lorica.training.sharding import check_option
 
@@ -51,10 +50,9 @@ _UPLOAD = (
 )
 _TOKEN = "a token would end up in files and in the list of processes; set the environment variable HF_TOKEN instead"
 
-_SHARDED = "lorica train --fsdp full_shard shards the model, see docs/distributed.md"
 
 REFUSED = {
-    "deepspeed": f"it takes the weights apart; {_SHARDED}",
+    "deepspeed": f"it takes the weights apart; {SHARDED}",
     "ddp_timeout": "the processes have met before it is read; they wait for each other for six hours",
     "save_on_each_node": "one process writes, and all read it; --output_dir has to be a folder that all nodes see",
     "hub_token": _TOKEN,
@@ -87,12 +85,6 @@ RENAMED = {
 
 
 _CHOICES: dict[str, type[Enum]] = {"optim": OptimizerNames, "lr_scheduler_type": SchedulerType}
-
-EXTRAS = ("torchao", "bitsandbytes")
-"""Packages of optimizers that Lorica's extras of the same name install."""
-
-TORCHAO_BLOCK = 256
-_BUILT_FROM_THE_MODEL = ("galore", "apollo", "lomo", "adalomo")
 
 
 def default_learning_rate(hidden_size: int) -> float:
@@ -167,7 +159,7 @@ def training_arguments(
     Raises:
         LoricaError: see ``check_arguments``; or a value makes no sense, or transformers refuses the combination.
     """
-    _check_launcher()
+    check_launcher()
     if optimizer_in_backward and processes.size() > 1:
         raise LoricaError("--optimizer_in_backward is for one process: others would not have seen the gradient yet")
     checked = {name: value for name, value in check_arguments(given).items() if name not in SHARDING}
@@ -190,8 +182,8 @@ def training_arguments(
         arguments.report_to = []  # within Kubeflow transformers adds a tracker by itself
     if arguments.world_size != processes.size():
         raise LoricaError(f"{processes.size()} processes were started, and transformers counts {arguments.world_size}")
-    _check_values(arguments, checked)
-    _check_schedule(arguments)
+    check_values(arguments, checked)
+    check_schedule(arguments)
     check_optimizer(arguments)
     if optimizer_in_backward:
         check_in_backward(arguments)
@@ -209,100 +201,3 @@ def check_trackers(arguments: TrainingArguments) -> None:
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
         raise LoricaError(f"--report_to: {error}") from error
-
-
-def check_optimizer(arguments: TrainingArguments) -> None:
-    """Refuse an optimizer whose package is not installed, or whose options are wrong, before anything is loaded."""
-    optim = OptimizerNames(arguments.optim).value
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
-    except (ImportError, ValueError) as error:
-        missing = next((name for name in EXTRAS if name in str(error)), None)
-        if missing and isinstance(error, ImportError):
-            raise LoricaError(
-                f"--optim {optim} needs the package {missing}: pip install 'lorica[{missing}]'"
-            ) from error
-        if isinstance(error, ImportError) or not optim.startswith(_BUILT_FROM_THE_MODEL):
-            raise LoricaError(f"--optim {optim}: {error}") from error
-
-
-def wide_states(arguments: TrainingArguments, model: nn.Module) -> str | None:
-    """Return what to say where torchao would keep more than a tenth of the states in float32, else None.
-
-    It quantises tensors of a multiple of 256 numbers alone, and cores can be of any size.
-    """
-    if OptimizerNames(arguments.optim).value not in ("adamw_torch_8bit", "adamw_torch_4bit"):
-        return None
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    wide = sum(size for size in sizes if size % TORCHAO_BLOCK)
-    if 10 * wide <= sum(sizes):
-        return None
-    return (
-        f"{100 * wide / sum(sizes):.0f} % of the optimizer's states stay in float32: torchao quantises only tensors of "
-        f"a multiple of {TORCHAO_BLOCK} numbers; --optim adamw_bnb_8bit takes any"
-    )
-
-
-def _check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
-    """Refuse what transformers accepts and then fails on, or ignores."""
-    if not (math.isfinite(rate := arguments.learning_rate) and rate >= 0):
-        raise LoricaError(f"--learning_rate {rate} is {'negative' if rate < 0 else 'no finite number'}")
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(arguments, name) < 1:
-            raise LoricaError(f"--{name} {getattr(arguments, name)} is no number of rows; give at least 1")
-    if arguments.max_steps == 0 or (arguments.max_steps < 0 and arguments.num_train_epochs <= 0):
-        epochs = arguments.num_train_epochs
-        raise LoricaError(f"--num_train_epochs {epochs:g} trains nothing; give a number above 0, or --max_steps")
-    if not 0 <= arguments.seed < 2**32:
-        raise LoricaError(f"--seed {arguments.seed} is none; give a number from 0 to {2**32 - 1}")
-    if "eval_steps" in given and arguments.eval_strategy == "no":
-        raise LoricaError("--eval_steps has no effect without --eval_strategy steps")
-    in_steps = arguments.save_strategy == "steps" and arguments.save_steps != arguments.eval_steps
-    if arguments.load_best_model_at_end and in_steps:
-        raise LoricaError(
-            f"--load_best_model_at_end: of the models scored every {arguments.eval_steps:g} steps only those of every "
-            f"{arguments.save_steps:g} would be there, and the best may be none of them; give --save_steps "
-            f"{arguments.eval_steps:g}, or --save_strategy best"
-        )
-    if processes.size() > 1:
-        _check_shares(arguments)
-    metric = arguments.metric_for_best_model
-    if metric is not None and metric.removeprefix("eval_") != "loss":
-        raise LoricaError(f"--metric_for_best_model {metric}: while training only the loss is scored; give loss")
-    if arguments.n_gpu > 1:
-        raise LoricaError(
-            f"{arguments.n_gpu} GPUs for one process: start one for each, torchrun --nproc_per_node {arguments.n_gpu} "
-            "-m lorica ..., or set CUDA_VISIBLE_DEVICES to one of them"
-        )
-
-
-def _check_shares(arguments: TrainingArguments) -> None:
-    """Refuse ways to share the rows out that would leave processes with other numbers of batches, or the same rows."""
-    sharing: Any = arguments.accelerator_config
-    if not sharing.even_batches or sharing.dispatch_batches or sharing.split_batches:
-        raise LoricaError("--accelerator_config: even_batches, dispatch_batches and split_batches stay as they are")
-    if arguments.train_sampling_strategy == "group_by_length":
-        raise LoricaError(
-            "--train_sampling_strategy group_by_length: each process would draw an order of its own; leave it out"
-        )
-
-
-def _check_schedule(arguments: TrainingArguments) -> None:
-    """Refuse options that the schedule does not have, and miss those that it needs, before anything is loaded."""
-    given: Any = arguments.lr_scheduler_kwargs or {}
-    options = {name: value for name, value in given.items() if not isinstance(value, list)}  # one for each group
-    blank = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=arguments.learning_rate)
-    try:
-        get_scheduler(arguments.lr_scheduler_type, blank, 0, 1, scheduler_specific_kwargs=options)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        kind = SchedulerType(arguments.lr_scheduler_type).value
-        raise LoricaError(f"--lr_scheduler_kwargs of --lr_scheduler_type {kind}: {error}") from error
-
-
-def _check_launcher() -> None:
-    """Refuse processes that nobody waits for, and settings of a launcher that would be ignored."""
-    if processes.launched() > processes.size():
-        raise LoricaError(processes.alone("this"))
-    for engine in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise LoricaError(f"accelerate's configuration asks for {engine}, which this does not take; {_SHARDED}")
