@@ -14,19 +14,21 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
+import lorica
 from lorica.cli import app
 from lorica.config import UpdateConfig
 from lorica.constrain.audit import audit_weight
 from lorica.errors import LoricaError
-from lorica.forecast.dry_model import begin
+from lorica.forecast.dry_model import assumed_plan, begin
 from lorica.forecast.ledger import Operation
 from lorica.forecast.needs import audit_workspace, split_workspace
-from lorica.forecast.options import parse_bytes
+from lorica.forecast.options import build_forecast_config, parse_bytes
 from lorica.forecast.rates import Machine, host_memory, machine_for, split_seconds, this_machine
 from lorica.forecast.result import Forecast
 from lorica.forecast.story import forecast
 from lorica.subspace.linalg import complement, reflector, split
 from lorica.subspace.plan import PlanEntry
+from tests.builders import tiny
 from tests.forecast.conftest import Folder, profiled
 from tests.training.conftest import byte_tokenizer
 
@@ -267,6 +269,26 @@ def test_a_gpu_that_is_not_here_needs_a_number(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(LoricaError, match="--device_memory"):
         machine_for("cuda")
+
+
+@pytest.mark.parametrize("source", ["weight", "activation", "curvature", "hybrid"])
+@pytest.mark.parametrize(
+    "amount", [{"unfreeze_rank_ratio": 0.3}, {"effective_rank": 12}, {"effective_rank": 0.7}], ids=str
+)
+def test_uniform_plans_are_told_exactly(source: Any, amount: dict[str, Any]) -> None:
+    """The model has half as many keys as queries, and a pattern for one weight."""
+    model, pattern = tiny("llama"), {"k_proj": 0.75, "layers.0.mlp.down_proj": 3}
+    needed = {} if source == "weight" else {"calibration": "random"}
+    made = lorica.plan(model, source=source, rank_pattern=pattern, **needed, **amount)
+    told = UpdateConfig(
+        model_name_or_path="m", train_file="rows", output_dir="out", source=source, rank_pattern=pattern, **amount
+    )
+    assert assumed_plan(model, told).entries == made.entries
+
+
+def test_one_device_cannot_share_a_model() -> None:
+    with pytest.raises(LoricaError, match="--fsdp shards over several devices: give --devices"):
+        build_forecast_config({"model_name_or_path": "m", "train_file": "rows", "fsdp": "full_shard"})
 
 
 @pytest.mark.parametrize(

@@ -78,13 +78,23 @@ def counts(
         }
     if ranks == "effective-rank":
         return lambda e: _effective(policies.effective_rank(spectrum(e.name)), e)
+    return uniform(protected, width)
+
+
+def uniform(protected: float | int, width: int) -> Callable[[PlanEntry], dict[str, Any]]:
+    """Return what ``uniform`` says of one entry, from its shape, source and constraint alone.
+
+    Args:
+        protected: a share of the directions (float) or a count (int).
+        width: the largest min(M, N) among the weights.
+    """
     why = f"uniform: {protected:g} protected"
     if isinstance(protected, float):
-        return lambda e: each_side(e, protected, width) | {"why": why}
+        return lambda e: _each_side(e, protected, width) | {"why": why}
     return lambda e: {"k": _count("effective_rank", protected, e), "why": why}
 
 
-def each_side(entry: PlanEntry, share: float, width: int) -> dict[str, int | None]:
+def _each_side(entry: PlanEntry, share: float, width: int) -> dict[str, int | None]:
     """Return a share's count of each side; of both, where both are measured, of each side's own directions.
 
     Weights with the same inputs then protect the same directions of these, however few outputs some of them have (the
@@ -140,7 +150,7 @@ def with_pattern(entries: list[PlanEntry], rank_pattern: Mapping[str, float | in
         for i in hits:
             entry = entries[i].model_copy(update={"k_output": None, "why": f"rank_pattern {pattern!r}: {amount:g}"})
             if isinstance(amount, float):
-                entries[i] = entry.model_copy(update=each_side(entry, amount, width))
+                entries[i] = entry.model_copy(update=_each_side(entry, amount, width))
             else:
                 entries[i] = entry.model_copy(update={"k": _count(f"rank_pattern[{pattern!r}]", amount, entry)})
     return entries

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lorica.config import UpdateConfig
-from lorica.constrain.plan_counts import each_side
-from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO, check_choices, check_used
+from lorica.constrain.plan_counts import uniform, with_pattern
+from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO, check_choices, check_used, protected_amount
 from lorica.constrain.planning import plan
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, TaskData, build_method
@@ -126,11 +126,9 @@ def assumed_plan(model: Any, config: UpdateConfig, index: int = 0) -> Plan:
     )
     if config.source not in MEASURED:
         return made
-    width = max(min(entry.shape) for entry in made.entries)
-    sources = [entry.model_copy(update={"source": config.source}) for entry in made.entries]
-    entries = [
-        e.model_copy(update=each_side(e, weight.share, width)) for e, weight in zip(sources, made.entries, strict=True)
-    ]
+    measured = [entry.model_copy(update={"source": config.source}) for entry in made.entries]
+    count = uniform(protected_amount(_amount(config, index)), max(min(entry.shape) for entry in measured))
+    entries = with_pattern([entry.model_copy(update=count(entry)) for entry in measured], config.rank_pattern or {})
     return made.model_copy(update={"entries": entries})
 
 

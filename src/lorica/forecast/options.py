@@ -71,6 +71,12 @@ class ForecastConfig(UpdateConfig):
         return self
 
     @model_validator(mode="after")
+    def _shards_over_several(self) -> Self:
+        if self.training.get("fsdp") and self.devices == 1:
+            raise ValueError("--fsdp shards over several devices: give --devices, and what each of them holds is told")
+        return self
+
+    @model_validator(mode="after")
     def _has_data(self) -> Self:
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError("give what to learn: --train_file FILE, or --dataset_name NAME (one of them)")
