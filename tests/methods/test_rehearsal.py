@@ -87,7 +87,7 @@ def test_a_loss_that_is_no_number_shows() -> None:
 
 
 def made(model: Any, ratio: float = 0.5, seed: int = 3) -> Rehearsal:
-    return Rehearsal.of(model, own_text(model, **TEXTS, seed=seed), ratio, 1.0, seed)
+    return Rehearsal.of(model, own_text(model, **TEXTS, seed=seed), ratio, 1.0)
 
 
 def changed(model: Any) -> Any:
@@ -107,7 +107,9 @@ def test_the_penalty_is_the_mean_over_the_positions_of_the_texts(family: str) ->
     before.config.bos_token_id = 1
     rehearsal = made(before)
     rehearsal.weight = 2.5
-    drawn = Rehearsal(rehearsal.texts, rehearsal.told, 0.5, seed=rehearsal.seed)._draw(2)
+    torch.manual_seed(0)
+    drawn = rehearsal._draw(2)
+    torch.manual_seed(0)
     with torch.no_grad():
         found = rehearsal.penalty(after, INPUTS)
         each = [dense(*(m(rehearsal.texts[i][None]).logits[0, :-1] for m in (before, after)), KEPT) for i in drawn]
@@ -135,7 +137,6 @@ def test_a_model_that_has_not_changed_pays_nothing_and_is_not_pulled(dtype: torc
     penalty.backward()
     assert abs(penalty.item()) < tolerance
     pulls = max(float(parameter.grad.abs().max()) for parameter in model.parameters() if parameter.grad is not None)
-    rehearsal.calls = 0
     changed(model).zero_grad()
     rehearsal.penalty(model, INPUTS).backward()
     assert pulls < tolerance * max(float(p.grad.abs().max()) for p in model.parameters() if p.grad is not None) * 10
@@ -157,22 +158,22 @@ def test_the_model_is_asked_in_parts_and_left_as_it_was(monkeypatch: pytest.Monk
         torch.testing.assert_close(one.logp_TK, two.logp_TK)
 
 
-def test_the_texts_of_a_call_follow_from_seed_number_and_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = [torch.zeros(2)] * 1000
+def test_the_texts_are_drawn_from_the_random_state_and_by_each_process_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = Rehearsal([torch.zeros(2)] * 1000, [], 0.5)
 
-    def draws(seed: int, calls: int = 0) -> list[list[int]]:
-        one = Rehearsal(texts, [], 0.5, seed=seed, calls=calls)
+    def draws() -> list[list[int]]:
+        torch.manual_seed(5)
         return [one._draw(3) for _ in range(4)]
 
-    assert draws(0) == draws(0)
-    assert draws(0, calls=2)[:2] == draws(0)[2:]
-    alone = draws(0)
-    assert len({tuple(draw) for draw in alone + draws(1)}) == 8
+    assert draws() == draws()
+    assert len({tuple(draw) for draw in draws()}) == 4
     monkeypatch.setattr(rehearsal.processes, "size", lambda: 2)
     both = []
     for rank in range(2):
         monkeypatch.setattr(rehearsal.processes, "rank", lambda rank=rank: rank)
-        both += draws(0)
+        both += draws()
     assert len({tuple(draw) for draw in both}) == 8, "no process draws what another does"
 
 
@@ -227,10 +228,8 @@ def test_it_goes_with_a_finished_plan_and_ends_with_the_task() -> None:
     task = task_of(model, 0, 1)
     method.begin_task(model, task)
     assert method.rehearsal is not None
-    assert method.training_state() == {"calls": 0}
     method.end_task(model, task)
     assert method.rehearsal is None
-    assert method.training_state() is None
 
 
 @pytest.mark.parametrize("family", ["t5", "bert-classifier"])
@@ -262,7 +261,7 @@ def divergence(one: Path, two: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (one, two))
-    held = Rehearsal.of(before, own_text(before, tokens=2000, length=32, seed=77), 16.0, 1.0, 0)
+    held = Rehearsal.of(before, own_text(before, tokens=2000, length=32, seed=77), 16.0, 1.0)
     with torch.no_grad():
         return held.penalty(after, INPUTS).item()
 

@@ -100,18 +100,11 @@ class OSFT(Method):
             )
         texts = own_text(model, seed=seed, needed_by=NEEDED_BY, instead=INSTEAD)
         asked = self.protection
-        self.rehearsal = Rehearsal.of(model, texts, asked.rehearse, asked.rehearse_weight, seed)
+        self.rehearsal = Rehearsal.of(model, texts, asked.rehearse, asked.rehearse_weight)
         return texts
 
     def penalty(self, model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
         return None if self.rehearsal is None else self.rehearsal.penalty(model, inputs)
-
-    def training_state(self) -> Any:
-        return None if self.rehearsal is None else {"calls": self.rehearsal.calls}
-
-    def load_training_state(self, state: Any) -> None:
-        if self.rehearsal is not None:
-            self.rehearsal.calls = state["calls"]
 
     def _plan(self, model: nn.Module, index: int, texts: Sequence[Batch] | None) -> Plan:
         """Return the plan of a task: as the options say, or as it was kept, with what finished tasks left behind.

@@ -72,17 +72,14 @@ class Rehearsal:
 
         weight * mean over the positions of some of the texts of KL(p || q)        (nats per token)
 
-    Which texts follows from the seed, the number of calls and the process, so that training goes on from ``calls`` as
-    if it had not stopped, and several processes draw others. Kept are ``KEPT`` tokens and numbers a position, not a
-    second model.
+    Which texts is drawn from the process's random state, which checkpoints hold and a step that is run again begins
+    with; several processes draw others. Kept are ``KEPT`` tokens and numbers a position, not a second model.
 
     Attributes:
         texts: token ids of each, the first of them BOS.
         told: what was predicted at all but its last position.
         ratio: texts of a call for each row of the training batch, above 0; a call draws at least one.
         weight: above 0.
-        seed: of the drawing.
-        calls: of ``penalty`` so far.
 
     Source:
         Robins 1995, pseudo-rehearsal; Li and Hoiem 2016, arXiv 1606.09282, for the loss.
@@ -92,18 +89,16 @@ class Rehearsal:
     told: list[Prediction]
     ratio: float
     weight: float = 1.0
-    seed: int = 0
-    calls: int = 0
 
     @classmethod
-    def of(cls, model: nn.Module, batches: Iterable[Batch], ratio: float, weight: float, seed: int) -> Rehearsal:
+    def of(cls, model: nn.Module, batches: Iterable[Batch], ratio: float, weight: float) -> Rehearsal:
         """Ask a model what it predicts on texts, in evaluation mode and its own dtype.
 
         Args:
             model: a causal model.
             batches: ``input_ids`` and ``attention_mask``, padded on the right.
         """
-        made = cls([], [], ratio, weight, seed)
+        made = cls([], [], ratio, weight)
         with torch.no_grad(), evaluating(model):
             for batch in batches:
                 for part in _parts(model, batch):
@@ -146,10 +141,9 @@ class Rehearsal:
         return self.weight * told.divergence(logits_BLV[row_T, position_T]).mean()
 
     def _draw(self, rows: int) -> list[int]:
-        turn = self.calls * processes.size() + processes.rank()
-        self.calls += 1
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + turn)
-        drawn: list[int] = torch.randint(len(self.texts), (rows,), generator=generator).tolist()
+        total = len(self.texts)
+        apart = processes.rank() * total // processes.size()  # their random states can be the same
+        drawn: list[int] = ((torch.randint(total, (rows,)) + apart) % total).tolist()
         return drawn
 
 
