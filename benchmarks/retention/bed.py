@@ -115,6 +115,30 @@ def write_bed(
     (folder / STREAM).write_text(yaml.safe_dump(stream, sort_keys=False, width=120), encoding="utf-8")
 
 
+def write_mixed(folder: Path, share: float, tasks: Sequence[str], seed: int) -> None:
+    """Write the stream in which every set is learned together with a share of all rows that were learned before it.
+
+    That is replay as it is done where nothing else is at hand: old rows, the base's facts and skills among them, are
+    mixed into the new ones. Which rows follows from the seed; a set's are not the same for every task.
+
+    Raises:
+        LoricaError: the share is none.
+    """
+    if not 0 < share <= 1:
+        raise LoricaError(f"--mixed {share:g}: give shares above 0 to 1")
+    stream = yaml.safe_load((folder / STREAM).read_text(encoding="utf-8"))
+    percent = f"{100 * share:g}"
+    for number, task in enumerate(stream["tasks"]):
+        rows, random = read_rows(folder / train_file(task["name"])), Random(f"{seed}/{share}/{task['name']}")
+        for known in (FACTS, SKILL_ROWS, *map(train_file, tasks[:number])):
+            old = read_rows(folder / known)
+            rows += random.sample(old, round(share * len(old)))
+        task["train_file"] = train_file(f"{task['name']}.mixed-{percent}")
+        write_rows(folder / task["train_file"], rows)
+    stream["description"] += f", each with {percent} % of all rows before it"
+    (folder / f"mixed-{percent}.yaml").write_text(yaml.safe_dump(stream, sort_keys=False, width=120), encoding="utf-8")
+
+
 def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
     """Do a script's work with its arguments; a mistake of the user ends it with one line."""
     arguments = parser.parse_args()

@@ -10,6 +10,9 @@ The people of all sets are others; their names are put together from the same 12
 120 words, so that what is new has to be kept apart from what is old. The model can know no fact before it has learned
 it, and a scored row is one that was learned: nothing can be held back to choose settings on. Choose them on a bed of
 another seed.
+
+``--mixed 0.01 0.05 0.2`` writes ``mixed-1.yaml``, ``mixed-5.yaml`` and ``mixed-20.yaml`` too: the same stream with old
+rows mixed into what is learned, which is replay, for any method.
 """
 
 from __future__ import annotations
@@ -17,21 +20,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.retention.bed import people_for, run_script, write_bed
+from benchmarks.retention.bed import people_for, run_script, write_bed, write_mixed
 
 
 def write(arguments: argparse.Namespace) -> None:
     people = people_for(arguments.facts)
+    tasks = [f"facts-{number}" for number in range(1, arguments.sets + 1)]
     write_bed(
         arguments.output_dir,
         "knowledge",
         f"a model that knows {arguments.facts} facts learns {arguments.sets} more sets of as many",
         seed=arguments.seed,
         base=people,
-        tasks=[f"facts-{number}" for number in range(1, arguments.sets + 1)],
+        tasks=tasks,
         people=people,
         test_rows=arguments.test_rows,
     )
+    for share in arguments.mixed:
+        write_mixed(arguments.output_dir, share, tasks, arguments.seed)
     print(f"{arguments.output_dir}: {arguments.sets + 1} sets of {arguments.facts} facts, seed {arguments.seed}")
 
 
@@ -42,6 +48,8 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=4, help="sets that are learned one after the other")
     parser.add_argument("--facts", type=int, default=1800, help="of each set, and of what the base knows")
     parser.add_argument("--test_rows", type=int, default=300, help="facts of each set that are scored")
+    told = "write streams mixed-PERCENT.yaml too, in which this share of all earlier rows is replayed"
+    parser.add_argument("--mixed", type=float, nargs="+", default=[], metavar="SHARE", help=told)
     run_script(parser, write)
 
 

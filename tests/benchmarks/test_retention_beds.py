@@ -128,6 +128,23 @@ def test_the_base_has_read_every_word_of_both_beds(tmp_path: Path, monkeypatch: 
     assert (bed / "facts-0.test.jsonl").read_bytes() == (short / "facts-0.test.jsonl").read_bytes()
 
 
+def test_a_mixed_stream_replays_a_share_of_every_earlier_set_and_scores_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--output_dir", tmp_path, "--facts", 480, "--sets", 2, "--mixed", 0.1]
+    call(knowledge, monkeypatch, *words)
+    plain, mixed = (read_stream(tmp_path / name) for name in ("stream.yaml", "mixed-10.yaml"))
+    assert [task.test_file for task in mixed.tasks] == [task.test_file for task in plain.tasks]
+    base, skills, first = (set(read_rows(tmp_path / name)) for name in (FACTS, SKILL_ROWS, plain.tasks[0].train_file))
+    one, two = (Counter(read_rows(tmp_path / task.train_file)) for task in mixed.tasks)
+    for rows, own in zip((one, two), plain.tasks, strict=True):
+        assert not Counter(read_rows(tmp_path / own.train_file)) - rows, "the set's own rows are all there"
+        assert sum(count for row, count in rows.items() if row in base) == 48
+        assert sum(count for row, count in rows.items() if row in skills) == 1600
+    assert sum(count for row, count in two.items() if row in first) == 48
+    assert {row for row in one if row in base} != {row for row in two if row in base}, "drawn anew for every set"
+
+
 def test_a_stream_scores_facts_it_learns_and_holds_out_what_the_base_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +180,7 @@ def test_a_recipe_asks_for_what_exists(name: str, tmp_path: Path, monkeypatch: p
         (knowledge, ["--facts", 360], "360 facts, too few"),
         (knowledge, ["--sets", 40], "4,096"),
         (knowledge, ["--sets", 0], "0 sets"),
+        (knowledge, ["--mixed", 5], "--mixed 5: give shares"),
         (many, ["--test_rows", 0], "0 scored facts"),
         (many, ["--base_facts", 7], "--base_facts 7"),
         (base_model, ["--data_dir", "nowhere"], "facts-0.train.jsonl"),
