@@ -144,6 +144,9 @@ def main() -> None:
 
 
 def work(arguments: argparse.Namespace) -> None:
+    for needed, by in (("chosen_on", "measure"), ("output", "collect")):
+        if arguments.work == by and getattr(arguments, needed) is None:
+            raise LoricaError(f"--{needed} is needed to {by}")
     grid, out = Grid.read(arguments.grid, arguments.entries), arguments.output_dir
     if arguments.work == "collect":
         rows = collected(grid, out, arguments.beds)
