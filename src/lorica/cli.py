@@ -77,6 +77,19 @@ def _complain(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
 
 
+def _tell(message: str) -> None:
+    """Print the message in one of the processes that have one to tell."""
+    if processes.tells():
+        _complain(message)
+    else:
+        _leave_time()
+
+
+def _leave_time() -> None:
+    """Wait for the process that tells: a launcher ends all of them with the first, and that one may be slower."""
+    time.sleep(2)
+
+
 def _check_launcher(words: list[str]) -> None:
     """Refuse several processes for all commands but ``ON_SEVERAL``."""
     command = next((word for word in words if not word.startswith("-")), None)
@@ -95,20 +108,19 @@ def main() -> None:
         with handled(stop), writing(None, "the system refused to read or write"):
             app(normalised(sys.argv[1:], [UpdateConfig, RunConfig, EvalOptions, ForecastConfig]))
     except processes.Elsewhere as error:
-        time.sleep(2)  # a launcher ends all processes with the first, and the one with the message may be slower
+        _leave_time()
         if isinstance(error, processes.Ended):  # nor has a launcher told of it, or this one would have ended, too
             _complain(f"lorica: {error}")
         sys.exit(BAD_INPUT)
     except LoricaError as error:
-        if processes.tells():
-            _complain(f"lorica: {error}")
+        _tell(f"lorica: {error}")
         sys.exit(BAD_INPUT)
     except Interrupted as stopped:
         if stopped.checkpoint is None or not int(os.environ.get("RANK") or 0):  # all stop with a checkpoint
             _complain(f"lorica: {stopped}")
         sys.exit(128 + stopped.signum)
     except Exception:  # a defect of Lorica: with its traceback, but without the tokens that may stand in it
-        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+        _tell(redacted(traceback.format_exc()).rstrip())
         sys.exit(1)
 
 

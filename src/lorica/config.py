@@ -107,7 +107,8 @@ class UpdateConfig(BaseModel):
 
     calibration: Literal["self", "random"] | None = None
     """What calibrates importance and every source but weight: text the model writes by itself (self; the default for
-    causal models) or random tokens (random; for encoder-decoders and encoders). Neither needs data."""
+    causal models and with prompts_file) or random tokens (random; for encoder-decoders and encoders). Neither needs
+    data."""
 
     calibration_file: str | None = None
     """Rows that calibrate importance and every source but weight, instead of calibration."""
@@ -128,15 +129,32 @@ class UpdateConfig(BaseModel):
     remember_size: float = Field(default=0.5, gt=0)
     """Largest size of what is remembered of updates, over that of the weights, for remember_tasks."""
 
+    prompts_file: str | None = None
+    """Prompts, with or without answers, which are not looked at: before the update the model answers them by itself.
+    What it wrote calibrates in place of its text from BOS, and is what rehearse holds: of causal models beside text
+    from BOS, half of the tokens each, of encoder-decoders alone."""
+
     rehearse: float = Field(default=0.0, ge=0)
     """Hold what the model predicts on text that it wrote before the update: so many rows of it for each training row,
-    such as 0.25. For causal models; no old data is needed."""
+    such as 0.25. For causal models, with prompts_file for encoder-decoders; no old data is needed."""
 
     rehearse_weight: float = Field(default=1.0, gt=0)
     """Weight of what rehearse holds, beside the loss."""
 
+    rehearse_tokens: int = Field(default=32_768, ge=1)
+    """So many tokens are written to be rehearsed."""
+
+    rehearse_prompts: float = Field(default=0.0, ge=0)
+    """Train the prompts' tokens too, each with this weight beside one of an answer, so that the next update rehearses
+    what this one teaches."""
+
+    predict_forgetting: bool = False
+    """Tell how far the update was expected to move what the model predicts on text of its own, and how far it did. For
+    causal models; the text is written and its curvature measured before the update."""
+
     plan_file: str | None = None
-    """A saved, perhaps edited plan, instead of the options above but protect_learned and rehearse."""
+    """A saved, perhaps edited plan, instead of the options above but protect_learned, rehearse and
+    predict_forgetting."""
 
     target_modules: list[str] | None = None
     """Names or regular expressions of the weights to train. Default: all linear layers of the blocks."""
@@ -221,7 +239,9 @@ class UpdateConfig(BaseModel):
     def _paths(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
 
-    @field_validator("train_file", "eval_file", "output_dir", "calibration_file", "plan_file", "chat_template_path")
+    @field_validator(
+        "train_file", "eval_file", "output_dir", "calibration_file", "prompts_file", "plan_file", "chat_template_path"
+    )
     @classmethod
     def _home(cls, value: str | None) -> str | None:
         return None if value is None else str(Path(value).expanduser())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ from lorica.data.collate import Collator
 from lorica.data.dataset import EncodedDataset, load
 from lorica.data.validate import Report, overlap, validate, write_rejected
 from lorica.errors import LoricaError
+from lorica.evaluation.prompts import prompt_ids, read_prompts
+from lorica.subspace.answers import answer_length
 from lorica.subspace.calibration import Batch
+from lorica.training.models import load_tokenizer
 
 CALIBRATION_ROWS = 256
 """How many rows of ``calibration_file`` are used at most."""
@@ -30,6 +35,7 @@ class Inputs:
 
     Attributes:
         train, eval, retention: the encoded rows; ``eval`` may be None, ``retention`` empty.
+        prompts: token ids of each prompt that the model is to answer; None: there are none.
 
     Raises:
         LoricaError: anything is wrong with a file; see ``lorica.data``.
@@ -47,6 +53,7 @@ class Inputs:
         self.train = self._load(config.source_of_rows, new_task=True)
         self.eval = self._load(config.eval_file, new_task=True) if config.eval_file else None
         self.retention = {name: self._load(path) for name, path in _named(config.retention_file).items()}
+        self.prompts = asked_of(config, seq2seq=seq2seq, max_length=self.max_length, tokenizer=tokenizer)
         self._note_overlaps()
 
     def calibration(self) -> list[Batch] | str | None:
@@ -54,10 +61,7 @@ class Inputs:
         config = self.config
         if config.calibration_file is None:
             return config.calibration
-        data = self._load(config.calibration_file)
-        collate = Collator(self.tokenizer, seq2seq=self.seq2seq)
-        rows = [data[index] for index in range(min(len(data), CALIBRATION_ROWS))]
-        return [collate(rows[start : start + 8]) for start in range(0, len(rows), 8)]
+        return calibrating(self._load(config.calibration_file), self.tokenizer, seq2seq=self.seq2seq)
 
     def describe(self) -> list[str]:
         """Return the lines printed before training: the new rows in full, of the others what was read."""
@@ -72,7 +76,11 @@ class Inputs:
             "train": self.train.summary,
             "eval": self.eval.summary if self.eval else None,
             "retention": {name: data.summary for name, data in self.retention.items()},
-        }
+        } | self._prompts_summary()
+
+    def _prompts_summary(self) -> dict[str, Any]:
+        path, ids = self.config.prompts_file, self.prompts
+        return {} if ids is None else {"prompts": {"path": path, "kept": len(ids), "sha256 as tokens": digest_of(ids)}}
 
     def write_rejected(self, output_dir: Path) -> None:
         """Write the rows of all files that ``skip_invalid_rows`` left out to ``rejected.jsonl``, if there are any."""
@@ -80,28 +88,11 @@ class Inputs:
             write_rejected(incomplete.values(), output_dir / "rejected.jsonl")
 
     def _load(self, path: str, *, new_task: bool = False) -> EncodedDataset:
-        config = self.config
-        if (Path(path) / "config.json").is_file():
-            raise LoricaError(f"{path}: that is the folder of a model, not of rows")
-        report = validate(
-            path,
-            config.dataset_format if new_task else None,
-            config.dataset_text_field,
-            config.skip_invalid_rows,
-            vocab_size=len(self.tokenizer),
-            seq2seq=self.seq2seq,
+        report, data = read_rows(
+            self.config, path, self.tokenizer, seq2seq=self.seq2seq, max_length=self.max_length, new_task=new_task
         )
         self.reports.append(report)
-        return load(
-            path,
-            self.tokenizer,
-            validated=report,
-            max_length=self.max_length,
-            completion_only_loss=config.completion_only_loss if new_task else None,
-            assistant_only_loss=config.assistant_only_loss and new_task,
-            truncation_policy=config.truncation_policy,
-            seq2seq=self.seq2seq,
-        )
+        return data
 
     def _note_overlaps(self) -> None:
         train, *others = self.reports
@@ -109,6 +100,80 @@ class Inputs:
             shared = overlap(train, report)
             if shared:
                 self.notices.append(f"{shared} of the rows of {report.path} are also trained on")
+
+
+def read_rows(
+    config: UpdateConfig, path: str, tokenizer: Any, *, seq2seq: bool, max_length: int, new_task: bool = False
+) -> tuple[Report, EncodedDataset]:
+    """Return the encoded rows of one file of an update, and what was found when they were checked.
+
+    Args:
+        new_task: whether they are the new task's.
+
+    Raises:
+        LoricaError: anything is wrong with the file; see ``lorica.data``.
+    """
+    if (Path(path) / "config.json").is_file():
+        raise LoricaError(f"{path}: that is the folder of a model, not of rows")
+    report = validate(
+        path,
+        config.dataset_format if new_task else None,
+        config.dataset_text_field,
+        config.skip_invalid_rows,
+        vocab_size=len(tokenizer),
+        seq2seq=seq2seq,
+    )
+    data = load(
+        path,
+        tokenizer,
+        validated=report,
+        max_length=max_length,
+        completion_only_loss=config.completion_only_loss if new_task else None,
+        assistant_only_loss=config.assistant_only_loss and new_task,
+        truncation_policy=config.truncation_policy,
+        seq2seq=seq2seq,
+    )
+    return report, data
+
+
+def calibrating(data: EncodedDataset, tokenizer: Any, *, seq2seq: bool) -> list[Batch]:
+    """Return the first rows of a ``calibration_file``, in batches."""
+    collate = Collator(tokenizer, seq2seq=seq2seq)
+    rows = [data[index] for index in range(min(len(data), CALIBRATION_ROWS))]
+    return [collate(rows[start : start + 8]) for start in range(0, len(rows), 8)]
+
+
+def asked_of(config: UpdateConfig, *, seq2seq: bool, max_length: int, tokenizer: Any = None) -> list[list[int]] | None:
+    """Return the token ids of the prompts that an update names, None where it names none.
+
+    Raises:
+        LoricaError: see ``prompts_of``.
+    """
+    if config.prompts_file is None:
+        return None
+    tokenizer = tokenizer or load_tokenizer(config)
+    return prompts_of(config.prompts_file, tokenizer, seq2seq=seq2seq, max_length=max_length)
+
+
+def prompts_of(path: str, tokenizer: Any, *, seq2seq: bool, max_length: int) -> list[list[int]]:
+    """Return the token ids of the prompts in a file, of which a model is to have room for each and an answer.
+
+    Args:
+        max_length: of prompt and answer; of an encoder-decoder of the prompt alone.
+
+    Raises:
+        LoricaError: something is wrong with the file, see ``read_prompts``, or a prompt is too long.
+    """
+    answer = 0 if seq2seq else answer_length(max_length)
+    longest = max_length - answer
+    room = f"{answer} of max_length {max_length} are for its answer" if answer else "that is max_length"
+    too_long = f"and it may have {longest} ({room}); shorten it, or raise max_length up to the model's positions"
+    return prompt_ids(read_prompts(path), tokenizer, seq2seq=seq2seq, longest=longest, too_long=too_long)
+
+
+def digest_of(prompts: Sequence[Sequence[int]]) -> str:
+    """Return the SHA-256 of prompts as tokens."""
+    return hashlib.sha256(repr([list(ids) for ids in prompts]).encode()).hexdigest()
 
 
 def _named(paths: list[str]) -> dict[str, str]:

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from lorica.data.encoder import Encoder
 from lorica.errors import LoricaError
 from lorica.evaluation.generate import Written, greedy_answers
 from lorica.evaluation.judge import Judge, Judgement, compare, describe, summary
-from lorica.evaluation.prompts import Prompt, read_prompts
+from lorica.evaluation.prompts import Prompt, prompt_ids, read_prompts
 from lorica.evaluation.refusal import refusal_rate
 from lorica.files import sha256, writing
 from lorica.hub import commit_of
@@ -133,13 +132,8 @@ def _asked(name: str, prompts: list[Prompt]) -> Asked:
     commit = commit_of(name)
     config, tokenizer = read_model_config(name, revision=commit), read_tokenizer(name, revision=commit)
     seq2seq, most = bool(config.is_encoder_decoder), position_limit(config)
-    encoder = Encoder(tokenizer, most or 0, completion_only=None, assistant_only=False, seq2seq=seq2seq)
-    ids = [encoder.draft(prompt.example).prompt_ids or [] for prompt in prompts]
-    for prompt, found in zip(prompts, ids, strict=True):
-        if most is not None and len(found) > most:
-            raise LoricaError(
-                f"{prompt.example.where}: a prompt of {len(found)} tokens, and {name} has {most} positions; shorten it"
-            )
+    too_long = f"and {name} has {most} positions; shorten it"
+    ids = prompt_ids(prompts, tokenizer, seq2seq=seq2seq, longest=most, too_long=too_long)
     return Asked(name, commit, config, tokenizer, ids)
 
 

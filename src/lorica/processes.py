@@ -29,6 +29,8 @@ PATIENCE = timedelta(hours=6)
 _BROKEN_OFF = re.compile(r"[Cc]onnection (closed|reset|refused) by (remote )?peer|remote process exited")
 """What the two backends say where a process has ended."""
 
+_TOLD = "lorica/told"
+
 _PLACES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each process besides how many there are."""
 
@@ -55,10 +57,13 @@ def alone(what: str) -> str:
 
 
 @contextmanager
-def working_together() -> Iterator[None]:
+def working_together(*, on_host: bool = False) -> Iterator[None]:
     """Let the functions of this module speak for all processes in here; outside of it each is on its own.
 
     Within another one it does nothing.
+
+    Args:
+        on_host: GPUs that exchange tensors are to exchange what lies on the host, too: a model that is offloaded.
 
     Raises:
         Elsewhere: in all processes but the first of those in which something went wrong.
@@ -75,6 +80,8 @@ def working_together() -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
+    if on_host:
+        _meet_with_hosts()
     # Joins the processes into a group. Not told so, Accelerate counts one process where there is no accelerator.
     PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     _working_together = _have_met = True
@@ -88,6 +95,22 @@ def working_together() -> Iterator[None]:
         _working_together = False
 
 
+def _meet_with_hosts() -> None:
+    """Join the processes into a group that takes tensors of the accelerator and of the host; without one any does."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.accelerator.current_accelerator()
+    if device is not None and not dist.is_initialized():
+        backend = dist.get_default_backend_for_device(device)
+        dist.init_process_group(f"cpu:gloo,{device.type}:{backend}", timeout=PATIENCE)
+
+
+def exchange_on_host() -> bool:
+    """Tell whether the processes can exchange tensors that lie on the host."""
+    return size() == 1 or _device() == "cpu"
+
+
 def size() -> int:
     """Return how many processes work together."""
     return launched() if _working_together else 1
@@ -98,9 +121,24 @@ def first() -> bool:
     return size() == 1 or rank() == 0
 
 
+def leads() -> bool:
+    """Tell, also before they work together and afterwards, whether this process is the first of all."""
+    return launched() == 1 or int(os.environ.get("RANK") or 0) == 0
+
+
 def tells() -> bool:
-    """Tell whether a mistake in this process is to be told: until they work together all of them make the same."""
-    return _have_met or int(os.environ.get("RANK") or 0) == 0
+    """Tell whether a mistake in this process is to be told: the first one is, and of all that make it one tells."""
+    if not _have_met:  # all make the same
+        return leads()
+    import torch.distributed as dist
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:  # where they met: a collective could not be agreed on any more
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))  # type: ignore[attr-defined]
+        told: int = store.add(f"{_TOLD}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
+    except RuntimeError:  # the process that held it has ended: better told twice than not at all
+        return True
+    return told == 1
 
 
 def name() -> str:
@@ -140,6 +178,20 @@ def agreed() -> Iterator[None]:
         raise problem
     if worst:
         raise Elsewhere(f"process {ranks - worst} could not go on") from problem
+
+
+@contextmanager
+def sharing(model: Any) -> Iterator[None]:
+    """As ``agreed``, for work on a model that the processes may have shared out among them.
+
+    Then they need each other for it, and nothing can be agreed any more where one fails: it raises at once and ends,
+    and so end the others, which wait for it.
+    """
+    if in_step(model):
+        yield
+        return
+    with agreed():
+        yield
 
 
 def by_first(work: Callable[[], Result]) -> Result | None:

@@ -56,7 +56,8 @@ def foreseen(
         LoricaError: the disk has not the room for it.
     """
     try:
-        way = expected(config, inputs, None if sharding is None else Layout(*sharding))
+        layout = None if sharding is None else Layout(sharding.shards, sharding.replicas, sharding.moves)
+        way = expected(config, inputs, layout)
     except LoricaError as error:
         told = f"memory: not forecast: {error}"
     except Exception as error:  # a model's own code may ask for values that it has none of; the run needs no forecast
@@ -76,7 +77,8 @@ def _memory_foreseen(way: Way | Share, config: UpdateConfig) -> list[str]:
     parts = ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in kinds[:4])
     mode = f", {config.memory_mode}" if config.method == "osft" else ""
     each = " in each process" if isinstance(way, Share) else ""
-    lines = [f"memory: about {size(way.device_bytes)} expected{each}, in {way.peak.name} ({parts}){mode}"]
+    host = f", {size(way.host_bytes)} on the host" if isinstance(way, Share) and way.host_bytes else ""
+    lines = [f"memory: about {size(way.device_bytes)} expected{each}, in {way.peak.name} ({parts}){host}{mode}"]
     there = memory_of(device_of(config))
     if way.device_bytes > there:
         lean = "--memory_mode lean or " if config.method == "osft" and config.memory_mode == "fast" else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,19 @@ from lorica.lineage import (
     settle,
 )
 from lorica.memory import size_of
-from lorica.methods import METHODS, Protection, TaskData, build_method
+from lorica.methods import METHODS, TaskData, build_method
+from lorica.methods.base import given_options
 from lorica.record import Stopwatch, peak_cuda_memory, peak_memory, write_record
 from lorica.redaction import cleaned
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
 from lorica.told import comparison, foreseen, memory_told, progress_bar
 from lorica.training.arguments import check_arguments, check_trackers, training_arguments
-from lorica.training.checkpoints import (
-    checkpoint_to_resume,
-    kept_bases,
-    remove_checkpoints,
-)
+from lorica.training.checkpoints import checkpoint_to_resume, kept_bases, remove_checkpoints
+from lorica.training.deepspeed import check_deepspeed
 from lorica.training.identity import check_identity, write_identity
 from lorica.training.in_backward import check_method
+from lorica.training.launcher import launcher_settings
 from lorica.training.models import (
     load_model,
     load_model_config,
@@ -56,7 +55,7 @@ from lorica.training.output import check_output_dir, make_output_dir, save_model
 from lorica.training.padding_free import check_keeps_rows_apart
 from lorica.training.room import telling_the_way_on
 from lorica.training.sharded_state import whole_weights
-from lorica.training.sharding import check_sharded, launcher_settings, sharding
+from lorica.training.sharding import check_sharded, offloads, sharding
 from lorica.training.trainer import fit
 from lorica.update_record import identity_of, settled
 
@@ -82,10 +81,12 @@ def train(config: UpdateConfig | Mapping[str, Any], say: Say = print) -> dict[st
         Interrupted: a signal came; a checkpoint was written.
     """
     settings = config if isinstance(config, UpdateConfig) else build_config(dict(config))
-    with launcher_settings() as asked, processes.working_together():
-        with processes.agreed():
-            made = Update(settings.model_copy(update={"training": asked | settings.training}), say)
-        return made.run()
+    with launcher_settings() as asked:
+        settings = settings.model_copy(update={"training": asked | settings.training})
+        with processes.working_together(on_host=offloads(settings.training)):
+            with processes.agreed():
+                made = Update(settings, say)
+            return made.run()
 
 
 class Update:
@@ -115,7 +116,9 @@ class Update:
         )  # fmt: skip
         check_trackers(self.arguments)
         if self.sharding is not None:
-            check_sharded(self.arguments, config)
+            check_sharded(self.arguments, config.method, vars(config))
+        if self.arguments.deepspeed:
+            check_deepspeed(self.arguments, config.method, vars(config))
         self.inputs = Inputs(
             config, self.tokenizer, seq2seq=self.seq2seq, position_limit=position_limit(self.model_config)
         )
@@ -149,7 +152,7 @@ class Update:
             self.say(line)
         if told := self.lineage.notice(self.config.method):
             self.say(f"notice: {told}")
-        with processes.agreed():
+        with processes.sharing(model):
             plan = self._begin(model)
         for line in [] if way else lines:  # only now: what is wrong with the options is an error by here
             self.say(line)
@@ -171,6 +174,9 @@ class Update:
         if audit is not None:
             self.say(audit.verdict())
         self.method.end_task(model, self._task())
+        forgetting = self.method.forgetting
+        if forgetting is not None:
+            self.say(forgetting.told())
         files = self._save(model, output_dir)  # what was trained is safe then
         after = self._scores(model, "after")
         record = settled(self.config, self.arguments, self.inputs, plan, log) | {
@@ -181,6 +187,7 @@ class Update:
             "carried_bytes": size_of(self.method.state_dict()),
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
+            "predicted_forgetting": None if forgetting is None else asdict(forgetting),
             "cost": self._cost(trainable) | {"expected_peak_bytes": None if way is None else way.device_bytes},
         }
         record["rejected"] = forgotten(record["scores"], self.config.max_forgetting)
@@ -197,7 +204,7 @@ class Update:
 
     def _save(self, model: Any, output_dir: Path) -> Listing:
         target = output_dir if self.config.max_forgetting is None else candidate(output_dir)
-        weights = whole_weights(model) if self.sharding else None
+        weights = whole_weights(model)
 
         def written() -> Listing:
             return save_model(model, self.tokenizer, target, weights) | keep_memory(target, self.method.state_dict())
@@ -216,7 +223,11 @@ class Update:
         self.method.kept = kept_bases(self.resume)
         what = "splitting weights" if self.method.kept is None else "reading the bases of the weights"
         if self.config.rehearse:
-            self.say("rehearsal: the model first writes text of its own, about 32,000 tokens")
+            self.say(f"rehearsal: the model first writes {self.config.rehearse_tokens:,} tokens of text of its own")
+        if self.inputs.prompts is not None:
+            self.say(f"prompts: the model first answers {len(self.inputs.prompts):,} prompts by itself")
+        if self.config.predict_forgetting:
+            self.say("forgetting: the model first writes text of its own, about 41,000 tokens, and is measured on it")
         self.method.begin_task(model, self._task(), progress=progress_bar(what))
         if self.config.optimizer_in_backward:
             check_method(self.method)
@@ -248,14 +259,14 @@ class Update:
             LoricaError: one that the method does not have.
         """
         config = self.config
-        names = {f.name for f in fields(Protection)} & UpdateConfig.model_fields.keys() - {"calibration"}
-        defaults = {name: UpdateConfig.model_fields[name].get_default(call_default_factory=True) for name in names}
-        given = {name: getattr(config, name) for name in names if getattr(config, name) != defaults[name]}
-        given |= {"calibration": self.inputs.calibration(), "plan": self.plan}
+        given = given_options(config) | {
+            "calibration": self.inputs.calibration(), "plan": self.plan, "prompts": self.inputs.prompts,
+        }  # fmt: skip
         known = {f.name for f in fields(METHODS[config.method].options_type)}
         for name in sorted(given.keys() - known):
             if given.pop(name) is not None:
-                raise LoricaError(f"{name} has no effect with method {config.method!r}")
+                told = "prompts_file" if name == "prompts" else name
+                raise LoricaError(f"{told} has no effect with method {config.method!r}")
         return given
 
     def _task(self) -> TaskData:

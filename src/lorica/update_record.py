@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from lorica.config import UpdateConfig
 from lorica.hub import commits
-from lorica.inputs import Inputs
+from lorica.inputs import Inputs, digest_of
 from lorica.lineage import Lineage
 from lorica.record import SCHEMA, environment
 from lorica.redaction import redacted
@@ -23,15 +23,18 @@ def identity_of(
     """Return everything on which the trained weights depend."""
     not_weights = {"output_dir", "eval_file", "retention_file", "max_forgetting", "training", "skip_invalid_rows"}
     not_weights |= {"optimizer_in_backward"}  # the same steps in another order
+    not_weights |= {"predict_forgetting"}
     not_weights |= {"allow_changed", "reset_optimizer", "allow_pickle", "require_pinned", "trust_remote_code"}
-    not_weights |= {"train_file"}  # its contents count, wherever they are now
+    not_weights |= {"train_file", "prompts_file"}  # their contents count, wherever they are now
     not_weights |= {"model_name_or_path"} if lineage.weights_sha256 else set()
     own = config.model_dump(mode="json", exclude=not_weights)
     rows = {"sha256 of the training rows": inputs.train.sha256}
     rows |= {"sha256 of the training rows as tokens": inputs.train.digest()}
+    if inputs.prompts is not None:
+        rows |= {"sha256 of the prompts as tokens": digest_of(inputs.prompts)}
     if inputs.eval is not None and goes_by_scores(arguments):
         rows |= {"sha256 of the rows of --eval_file": inputs.eval.sha256}
-    model = {"sha256 of the model": lineage.weights_sha256, "fsdp": sharded}
+    model = {"sha256 of the model": lineage.weights_sha256, "fsdp": sharded, "deepspeed": arguments.deepspeed}
     identity: dict[str, Any] = redacted(own | trajectory(arguments) | rows | model)
     return identity
 

@@ -4,49 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from lorica.analysis.layers import describe_layer, energy_shares, squared_share
+from lorica.analysis.layers import describe_layer, squared_share
 from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.linalg import spectrum_points
 from lorica.subspace.observe import InputStatistics
 from lorica.subspace.plan import PlanEntry
 from tests.builders import matrix, top_directions
-
-
-def test_energy_of_coordinate_directions() -> None:
-    moment = torch.diag(torch.tensor([1.0, 4.0, 2.0, 3.0]))
-    found = energy_shares(moment, torch.eye(4)[:, [1, 2]])
-    assert found == pytest.approx((6 / 10, 2 / 4, 7 / 10))
-
-
-def test_energy_of_a_turned_direction() -> None:
-    moment = torch.tensor([[2.0, 1.0], [1.0, 2.0]])  # eigenvalues 3 and 1, along (1, 1) and (1, -1)
-    along, across = torch.tensor([[1.0], [1.0]]) / 2**0.5, torch.tensor([[1.0], [-1.0]]) / 2**0.5
-    assert energy_shares(moment, along) == pytest.approx((3 / 4, 1 / 2, 3 / 4))
-    assert energy_shares(moment, across) == pytest.approx((1 / 4, 1 / 2, 3 / 4))
-
-
-def test_energy_at_the_ends() -> None:
-    moment = matrix(5, 5).double()
-    moment = moment @ moment.T
-    assert energy_shares(moment, torch.zeros(5, 0)) == (0.0, 0.0, 0.0)
-    assert energy_shares(moment, torch.eye(5)) == pytest.approx((1, 1, 1))
-    assert energy_shares(torch.zeros(5, 5), torch.eye(5)) is None
-
-
-@given(st.integers(0, 10_000), st.integers(1, 7))
-def test_no_subspace_holds_more_than_the_best_and_a_basis_shares_out_everything(seed: int, size: int) -> None:
-    x = matrix(20, 8, seed=seed).double()
-    q, _ = torch.linalg.qr(matrix(8, 8, seed=seed + 1).double())
-    part, rest = energy_shares(x.T @ x, q[:, :size]), energy_shares(x.T @ x, q[:, size:])
-    assert part is not None
-    assert rest is not None
-    assert 0 <= part.protected <= part.best + 1e-12
-    assert part.protected + rest.protected == pytest.approx(1)
-    assert part.random == size / 8
 
 
 def test_squared_share() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -12,20 +13,18 @@ from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import lorica
-from lorica.errors import LoricaError
+from lorica.training.sharding import rest_on_host
 from tests.builders import tiny
 from tests.distributed.ranks import on_ranks
 from tests.distributed.trainings import (
     Course,
+    Weights,
     difference,
-    in_fsdp,
     load_sharded,
     plan_of_shapes,
     save,
     worst_leakage,
 )
-
-MOVED = "keeps a protected weight on the CPU and computes on cuda; leave the offload out"
 
 
 def loaded(folder: Path) -> nn.Module:
@@ -57,42 +56,40 @@ def test_replicas_of_a_model_that_is_wrapped_after_protect() -> None:
         assert worst_leakage(tiny("llama"), after) <= 1e-5
 
 
-def test_offload_to_the_device_itself() -> None:
-    """Where the processes compute on the CPU an offload moves nothing, and is none to refuse."""
-    course = Course(steps=3)
-    (alone,) = course.run(tiny("llama"))
-
-    def work(rank: int) -> float:
-        model = tiny("llama")
-        for unit in (*model.model.layers, model):
-            fully_shard(unit, offload_policy=CPUOffloadPolicy(pin_memory=False))
-        return difference(course.run(model, rank, 2)[0], alone)
-
-    assert max(on_ranks(2, work)) <= 1e-6
-
-
-def as_on_gpus(model: nn.Module) -> nn.Module:
-    """Return a model that looks as if it computed on GPUs, of which there are none here."""
-    model.model.layers[0].self_attn.q_proj.weight.device_mesh._device_type = "cuda"
+def offloaded(model: nn.Module) -> nn.Module:
+    for unit in (*model.model.layers, model):
+        fully_shard(unit, offload_policy=CPUOffloadPolicy(pin_memory=False))
     return model
 
 
-def test_offload_from_another_device_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["before", pytest.param("after", marks=pytest.mark.slow)])
+def test_offload_before_protect_or_after_it(when: str) -> None:
+    course = Course(tasks=2 if when == "before" else 1)
+    alone = course.run(tiny("llama"))
+
+    def work(rank: int) -> list[Weights]:
+        if when == "before":
+            return course.run(offloaded(tiny("llama")), rank, 2)
+        return course.run(tiny("llama"), rank, 2, offloaded)
+
+    for after in on_ranks(2, work):
+        assert max(map(difference, after, alone)) <= 1e-6
+        assert worst_leakage(tiny("llama"), after[0]) <= 1e-5
+
+
+def test_what_is_loaded_onto_the_device_is_put_to_rest_on_the_host(tmp_path: Path) -> None:
+    """Parameters are the same objects, with the same numbers; buffers stay where they are."""
     folder = save("llama", tmp_path)
 
     def work(rank: int) -> None:
-        model = as_on_gpus(load_sharded(folder, 2))
-        with pytest.raises(LoricaError, match=MOVED):
-            lorica.protect(model, plan_of_shapes(model))
-
-    on_ranks(2, work)
-
-
-def test_offload_that_comes_after_protect_is_refused_in_the_first_step() -> None:
-    def work(rank: int) -> None:
-        model = as_on_gpus(in_fsdp(lorica.protect(tiny("llama"), plan_of_shapes(tiny("llama")))))
-        with pytest.raises(LoricaError, match=MOVED):
-            Course(steps=1, parts=2).train(model, model, rank, 2)
+        model = load_sharded(folder, 2)
+        parameters, buffers = list(model.parameters()), list(model.buffers())
+        before = [parameter.to_local().clone() for parameter in parameters]
+        rest_on_host(model)
+        assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+        assert all(one is other for one, other in zip(buffers, model.buffers(), strict=True))
+        assert all(map(torch.equal, before, (parameter.to_local() for parameter in parameters)))
+        assert parameters[0].device.type == "cpu"
 
     on_ranks(2, work)
 

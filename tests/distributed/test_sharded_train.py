@@ -10,14 +10,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
@@ -35,6 +39,7 @@ from lorica.forecast.communication import Layout
 from lorica.forecast.story import expected
 from lorica.training.checkpoints import STATE, kept_bases, newest_complete
 from lorica.training.sharded_state import ShardedState
+from lorica.training.sharding import Sharding
 from lorica.training.trust import PICKLES
 from lorica.update import Update, train
 from tests.builders import tiny, trainable
@@ -198,6 +203,44 @@ def test_it_goes_on_to_the_same_bits(finished: Finished, tmp_path: Path) -> None
     out = finished.stopped_after(18, tmp_path)
     assert finished.goes_on(2, out) == ["", ""]
     assert same_bits(out, finished.two)
+
+
+@contextmanager
+def offloading() -> Iterator[None]:
+    """Let FSDP2 offload in here, with nothing but the host to take it from: no memory can be page-locked then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sharding, "moves", property(lambda self: self.offload))
+        patch.setattr(transformers.distributed.fsdp, "CPUOffloadPolicy", partial(CPUOffloadPolicy, pin_memory=False))
+        yield
+
+
+def test_offloaded_it_goes_on_to_the_same_bits(finished: Finished, tmp_path: Path) -> None:
+    def work(*args: Any, **given: Any) -> dict[str, Any]:
+        with offloading():
+            return updated(*args, **given)
+
+    out = finished.stopped_after(18, tmp_path)
+    assert finished.goes_on(2, out, work=work, fsdp="full_shard offload") == ["", ""]
+    assert same_bits(out, finished.two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["osft", "seqft"])
+def test_an_offloaded_update_is_that_of_one_process(method: str, finished: Finished, tmp_path: Path) -> None:
+    def work(*args: Any, **given: Any) -> dict[str, Any]:
+        with offloading(), stopped_at("on_step_begin", 15, signal.SIGTERM):
+            return updated(*args, **given)
+
+    given: dict[str, Any] = {"method": method, "fsdp": "full_shard", "fsdp_config": {"cpu_offload": True}}
+    given |= {"train_also": ["norm", "lm_head"]} if method == "osft" else {"learning_rate": 3e-3}
+    ends = sharded(2, finished.model, finished.rows, tmp_path / "out", work=work, **given)
+    assert all(ended.startswith("Interrupted: stopped by SIGTERM") for ended, _ in ends), ends
+    with offloading():
+        (ended, record), _ = sharded(2, finished.model, finished.rows, tmp_path / "out", **given | GO_ON)
+    assert ended == ""
+    assert all(max(row["master_leak_u"], row["master_leak_v"]) <= 1e-5 for row in record["leakage"])
+    updated(finished.model, finished.rows, tmp_path / "one", **given | {"fsdp": None, "fsdp_config": None})
+    assert apart(tmp_path / "out", tmp_path / "one") <= 1e-6
 
 
 @pytest.mark.reliability("R30")
@@ -481,7 +524,7 @@ LAUNCHED |= {
 
 @pytest.mark.parametrize(
     ("changed", "message"),
-    [pytest.param({}, "", marks=pytest.mark.slow), ({"OFFLOAD_PARAMS": "true"}, "cpu_offload = true is not")],
+    [pytest.param({"OFFLOAD_PARAMS": "true"}, "", marks=pytest.mark.slow), ({"VERSION": "1"}, "version = 1 is not")],
 )
 def test_the_launchers_settings_count(
     changed: dict[str, str], message: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

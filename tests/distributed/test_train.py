@@ -187,7 +187,7 @@ def test_a_loss_that_is_no_number_in_one_process_stops_both(model_folder: Path, 
     ("given", "message"),
     [
         ({"optimizer_in_backward": True}, "--optimizer_in_backward is for one process"),
-        ({"deepspeed": "x.json"}, "--deepspeed is not taken"),
+        ({"deepspeed": "x.json"}, "x.json: cannot read the DeepSpeed configuration"),
         ({"ddp_timeout": 60}, "--ddp_timeout is not taken"),
         ({"accelerator_config": {"even_batches": False}}, "--accelerator_config: even_batches"),
         ({"train_sampling_strategy": "group_by_length"}, "--train_sampling_strategy group_by_length: each process"),

@@ -40,12 +40,16 @@ def test_each_kind_of_row_is_read(tmp_path: Path) -> None:
         {"messages": [turn("system", "Be brief."), turn("user", "Hello")]},
         {"messages": [turn("user", "Hello"), turn("assistant", "left out")]},
         {"prompt": [turn("user", "Hi"), turn("assistant", "Hi."), turn("user", "Again")]},
+        {"system": "Be brief.", "conversations": [{"from": "human", "value": "Hello"}]},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "left out"}]},
     )
     assert [prompt.text for prompt in found] == [
         "Say", "Add\n1 2", "system: Be brief.\n\nuser: Hello", "Hello", "user: Hi\n\nassistant: Hi.\n\nuser: Again",
+        "system: Be brief.\n\nuser: Hello", "Hello",
     ]  # fmt: skip
     assert isinstance(found[0].example, Pair)
     assert all(isinstance(prompt.example, Chat) and prompt.example.plain_layout for prompt in found[1:])
+    assert not any("left out" in repr(prompt) for prompt in found)
 
 
 def test_a_json_array_is_read(tmp_path: Path) -> None:
@@ -58,7 +62,7 @@ def test_a_json_array_is_read(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"promt": "x"}, r"prompts.jsonl:1: missing field: .* found promt. Did you mean 'prompt'"),
-        ({"text": "x"}, "a prompt is in one of messages, instruction, prompt; found text"),
+        ({"text": "x"}, "a prompt is in one of messages, instruction, prompt, conversations; found text"),
         ({"prompt": " "}, "empty field: 'prompt'"),
         ({"prompt": 3}, "field 'prompt': expected a string, got a number"),
         ({"prompt": None}, "missing field: 'prompt' is null"),

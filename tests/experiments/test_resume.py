@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import lorica.experiments.cell
+import lorica.experiments.scoring
 import lorica.experiments.story
 from lorica.data.stream import read_stream
 from lorica.errors import Interrupted, LoricaError
@@ -111,7 +112,7 @@ def test_a_task_that_is_learned_is_not_learned_again_when_its_scoring_is_stopped
 ) -> None:
     options: dict[str, Any] = {"methods": method, "max_steps": 3, "learning_rates": 1e-2, "save_models": True}
     (whole,), _ = run(write(), llama_folder, tmp_path / "whole", **options)
-    with signalled_in(lorica.experiments.cell, "score_task", call=4), pytest.raises(Interrupted):
+    with signalled_in(lorica.experiments.scoring, "score_task", call=4), pytest.raises(Interrupted):
         run(write(), llama_folder, tmp_path / "parts", **options)  # three columns before the first task
     with monkeypatch.context() as patch:
         steps = begun_steps(patch)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import lorica.experiments.cell
+import lorica.experiments.scoring
 from lorica.data.stream import TaskStream
 from lorica.errors import LoricaError
 from lorica.experiments.selection import choose_rate
@@ -35,13 +35,13 @@ def test_the_best_rate_is_chosen_without_a_test_row(
     stream = write(held_out=[])
     Path(stream.path("second.test.jsonl")).write_text('{"prompt": "test row", "completion": "b"}\n')
     seen: list[set[str]] = []
-    score = lorica.experiments.cell.score_task
+    score = lorica.experiments.scoring.score_task
 
     def watched(model: object, dataset: object, *args: object, **options: object) -> object:
         seen.append({row.where.rpartition(":")[0] for row in dataset.examples})  # type: ignore[attr-defined]
         return score(model, dataset, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(lorica.experiments.cell, "score_task", watched)
+    monkeypatch.setattr(lorica.experiments.scoring, "score_task", watched)
     options = {"methods": "seqft", "learning_rates": [1e-6, 1e-2], "validation_fraction": 0.25, "max_steps": 20}
     (record,), told = run(stream, llama_folder, tmp_path / "out", **options)
     sweep = record["sweep"]

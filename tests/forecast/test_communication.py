@@ -37,7 +37,8 @@ from lorica.forecast.communication import (
     sizes_of,
     units_of,
 )
-from lorica.forecast.devices import gathered, state_sharded
+from lorica.forecast.devices import GATHERED, SPREAD, gathered, on_their_way, shares, state_sharded
+from lorica.forecast.needs import Phase
 from lorica.forecast.rates import Machine
 from lorica.forecast.result import Forecast
 from lorica.forecast.story import forecast
@@ -97,6 +98,27 @@ def test_more_processes_receive_more_of_all_but_the_fold(shards: int, replicas: 
         assert one[kind] < more[kind] < accumulation * big.parameters
     fold = big.cores + big.folded
     assert more[CORES] + more[WEIGHTS] == pytest.approx(fold * shards / (shards + 1) ** 2, abs=2)
+
+
+def test_an_offload_by_hand() -> None:
+    sizes = replace(OURS, layers=(Layer(2, WAYS, size=50), Layer(2, WAYS, size=70)))
+    alone = [
+        Phase("load", {"weights": 1000}, {"process": 7, "weights": 1000}),
+        Phase("train", {"process": 5, "weights": 1000, "W0": 600, "cores": 80, "activations": 300}, {"process": 7}),
+    ]
+    _, kept = shares(alone, sizes, Layout(4), 1)
+    _, moved = shares(alone, sizes, Layout(4, offload=True), 1)
+    assert on_their_way(sizes, 4) == 2 * 100 // 4 + 2 * 70 + 4 * 30
+    assert kept.phases[1].device == {"process": 5, "weights": 250, "W0": 150, "cores": 20} | {
+        "activations": 300,
+        GATHERED: gathered(sizes, 4),
+    }
+    assert moved.phases[1].device == {"process": 5, "activations": 300, GATHERED: gathered(sizes, 4) + 50 + 260}
+    assert moved.phases[1].host == {"process": 7, "weights": 250, "W0": 150, "cores": 20}
+    assert moved.phases[0] == kept.phases[0]
+    assert moved.host_bytes == 7 + 420
+    assert moved.received == kept.received
+    assert moved.layout == "sharded over 4, offloaded"
 
 
 @given(m=st.integers(2, 40), n=st.integers(2, 40), data=st.data(), narrow=st.booleans())
@@ -200,6 +222,21 @@ def test_it_fits_if_one_layout_does(config_folder: Folder) -> None:
     assert sharded < ddp
     assert result.fits(sharded)
     assert not result.fits(sharded - 1)
+
+
+def test_an_offload_takes_from_the_device_and_gives_to_the_host(config_folder: Folder) -> None:
+    folder = config_folder("llama")
+    kept, moved = (told(folder, devices=4, fsdp=fsdp) for fsdp in ("full_shard", "full_shard offload"))
+    for one, other in zip(kept.ways, moved.ways, strict=True):
+        before, after = (way.shares[1].peak for way in (one, other))
+        gone = {kind: nbytes for kind, nbytes in before.device.items() if kind in SPREAD}
+        assert gone.keys() >= {"weights", "optimizer states"}
+        assert not after.device.keys() & set(SPREAD)
+        assert sum(after.host.values()) == sum(before.host.values()) + sum(gone.values())
+        assert other.shares[1].device_bytes < one.shares[1].device_bytes
+        assert other.shares[0] == one.shares[0]  # DDP
+    assert "sharded over 4, offloaded: memory of each" in moved.table()
+    assert "  on the host  " in moved.table()
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,15 @@ def test_a_config_file_is_enough(config_folder: Folder) -> None:
     assert json.loads(json.dumps(result.to_json()))["ways"][0]["device_bytes"] == result.ways[0].device_bytes
 
 
+def test_what_deepspeed_shares_out_is_counted_whole(config_folder: Folder) -> None:
+    folder = config_folder("llama")
+    shared, copied = told(folder, deepspeed={"zero_optimization": {"stage": 2}}), told(folder)
+    assert [way.device_bytes for way in shared.ways] == [way.device_bytes for way in copied.ways]
+    assert "deepspeed: all of the optimizer's states are counted in each process" in shared.table()
+    with pytest.raises(LoricaError, match="ZeRO-3 takes the weights apart"):
+        told(folder, deepspeed={"zero_optimization": {"stage": 3}})
+
+
 def test_the_sum_of_the_table_is_the_peak_of_its_phases(config_folder: Folder) -> None:
     for way in told(config_folder("llama")).ways:
         sums = {phase.name: sum(phase.device.values()) for phase in way.phases}
@@ -297,6 +306,8 @@ def test_one_device_cannot_share_a_model() -> None:
         ({"expected_forgetting": 0.1}, "expected_forgetting has no effect with ranks 'uniform'"),
         ({"remember_tasks": True}, "remember_tasks has no effect with source 'weight'"),
         ({"rehearse_weight": 3.0}, "rehearse_weight has no effect without rehearse"),
+        ({"rehearse_tokens": 9}, "rehearse_tokens has no effect without rehearse"),
+        ({"rehearse_prompts": 0.1}, "rehearse_prompts has no effect without rehearse"),
         ({"ranks": "marginal"}, "ranks 'marginal' weighs measured energies"),
         ({"ranks": "energy", "source": "curvature"}, "ranks 'energy' reads the weight's spectrum"),
     ],

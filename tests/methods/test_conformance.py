@@ -70,6 +70,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"unfreeze_rank_ratio": 0.5, "source": "curvature", "constraint": "block", "calibration": "random"},
     ),
     "osft-rehearsing": ("osft", {"unfreeze_rank_ratio": 0.5, "rehearse": 1.0}),
+    "osft-prompted": (
+        "osft", {"unfreeze_rank_ratio": 0.5, "rehearse": 1.0, "source": "activation", "prompts": [[3, 9, 14], [21]]},
+    ),
     "osft-gradient-flat": ("osft-gradient", {"form": "flat", "k": 2, "refresh": 1}),
     "osft-gradient-delta": ("osft-gradient", {"snapshot": "delta", "constraint": "two-sided", "k": 2}),
     "sgp-step": ("sgp", SMALL["sgp"] | {"scaled": "step"}),

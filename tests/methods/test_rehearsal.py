@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ from torch import Tensor
 
 import lorica
 from lorica.config import build_config
-from lorica.data.collate import FlatCollator
+from lorica.data.collate import Collator, FlatCollator
+from lorica.data.example import IGNORED_LABEL
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, rehearsal
-from lorica.methods.rehearsal import KEPT, Prediction, Rehearsal, row_count
+from lorica.methods.predicted import KEPT, Prediction
+from lorica.methods.rehearsal import Rehearsal, Text, prompt_loss, row_count
 from lorica.subspace.calibration import own_text
 from lorica.update import train
 from tests.builders import task_of, tiny
@@ -107,12 +111,11 @@ def test_the_penalty_is_the_mean_over_the_positions_of_the_texts(family: str) ->
     before.config.bos_token_id = 1
     rehearsal = made(before)
     rehearsal.weight = 2.5
-    torch.manual_seed(0)
     drawn = rehearsal._draw(2)
-    torch.manual_seed(0)
+    rehearsal.drawn = 0
     with torch.no_grad():
         found = rehearsal.penalty(after, INPUTS)
-        each = [dense(*(m(rehearsal.texts[i][None]).logits[0, :-1] for m in (before, after)), KEPT) for i in drawn]
+        each = [dense(*(m(rehearsal.texts[i].ids[None]).logits[0, :-1] for m in (before, after)), KEPT) for i in drawn]
     assert found.item() == pytest.approx(2.5 * torch.cat(each).mean().item(), rel=1e-3)
     assert found > 1e-3
 
@@ -123,10 +126,10 @@ def test_nothing_is_held_after_the_end_of_a_text() -> None:
     with torch.no_grad():
         model.lm_head.weight[5:7] = 0.0  # an end is likely enough to be met
     rehearsal = made(model)
-    ends = [text[1:].tolist() for text in rehearsal.texts]
+    ends = [text.ids[1:].tolist() for text in rehearsal.texts]
     assert all(not {5, 6} & set(end[:-1]) for end in ends)
     assert {5, 6} & {end[-1] for end in ends}, "the end itself is rehearsed"
-    assert [len(told.rest_T) for told in rehearsal.told] == [len(text) - 1 for text in rehearsal.texts]
+    assert [len(told.rest_T) for told in rehearsal.told] == [len(text.ids) - 1 for text in rehearsal.texts]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -158,27 +161,27 @@ def test_the_model_is_asked_in_parts_and_left_as_it_was(monkeypatch: pytest.Monk
         torch.testing.assert_close(one.logp_TK, two.logp_TK)
 
 
-def test_the_texts_are_drawn_from_the_random_state_and_by_each_process_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    one = Rehearsal([torch.zeros(2)] * 1000, [], 0.5)
+@given(st.integers(1, 40), st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 3))
+def test_every_text_is_drawn_before_one_is_drawn_again(total: int, sizes: list[int], processes: int) -> None:
+    """By all processes together, however many are drawn at a time, and from where a checkpoint says."""
 
-    def draws() -> list[list[int]]:
-        torch.manual_seed(5)
-        return [one._draw(3) for _ in range(4)]
+    def draws(rank: int, drawn: int = 0, sizes: list[int] = sizes) -> list[int]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rehearsal.processes, "size", lambda: processes)
+            patch.setattr(rehearsal.processes, "rank", lambda: rank)
+            one = Rehearsal([torch.zeros(2)] * total, [], 0.5, drawn=drawn)  # type: ignore[list-item]
+            return [index for size in sizes for index in one._draw(size)]
 
-    assert draws() == draws()
-    assert len({tuple(draw) for draw in draws()}) == 4
-    monkeypatch.setattr(rehearsal.processes, "size", lambda: 2)
-    both = []
-    for rank in range(2):
-        monkeypatch.setattr(rehearsal.processes, "rank", lambda rank=rank: rank)
-        both += draws()
-    assert len({tuple(draw) for draw in both}) == 8, "no process draws what another does"
+    together = [index for turn in zip(*(draws(rank) for rank in range(processes)), strict=True) for index in turn]
+    counts = Counter(dict.fromkeys(range(total), 0) | Counter(together))
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert draws(0, drawn=sizes[0], sizes=sizes[1:]) == draws(0)[sizes[0] :]
+    if total > 8 and len(together) >= 2 * total:
+        assert together[:total] != together[total : 2 * total], "each pass has an order of its own"
 
 
 def test_every_text_is_drawn_about_as_often() -> None:
-    one = Rehearsal([torch.zeros(2)] * 4, [], 1.0)
+    one = Rehearsal([Text(torch.zeros(2), torch.zeros(2))] * 4, [], 1.0)
     counts = torch.bincount(torch.tensor([i for _ in range(500) for i in one._draw(4)]), minlength=4)
     assert float((counts - 500).abs().max()) < 100  # five standard deviations
 
@@ -203,7 +206,8 @@ def test_rows_that_lie_end_to_end_are_counted() -> None:
 
 def test_bytes() -> None:
     told = Prediction(torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 5), torch.zeros(3))
-    assert Rehearsal([torch.zeros(4, dtype=torch.int64)], [told], 1.0).nbytes == 4 * 8 + 3 * 5 * 8 + 3 * 5 * 4 + 3 * 4
+    text = Text(*2 * [torch.zeros(4, dtype=torch.int64)])
+    assert Rehearsal([text], [told], 1.0).nbytes == 2 * 4 * 8 + 3 * 5 * 8 + 3 * 5 * 4 + 3 * 4
 
 
 def begun(family: str, **options: Any) -> Any:
@@ -256,6 +260,18 @@ def update(model: Path, out: Path, **options: Any) -> dict[str, Any]:
     return train(build_config(given | options), say=lambda line: None)
 
 
+def prompts_loss(folder: Path) -> float:
+    """Return the mean loss of the rows' prompts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    losses = []
+    for number in range(16):
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(f"{number}:", add_special_tokens=False)["input_ids"]]])
+        losses.append(model(input_ids=ids, labels=ids).loss.item())
+    return sum(losses) / len(losses)
+
+
 def divergence(one: Path, two: Path) -> float:
     """Return how far what a trained model predicts on the first one's text is from it."""
     from transformers import AutoModelForCausalLM
@@ -295,6 +311,41 @@ def test_an_update_that_rehearses_predicts_more_as_before(
         assert record["config"]["rehearse"] == rehearse
         ends.append(divergence(llama_folder, tmp_path / str(rehearse) / "model"))
     assert ends[1] < 0.75 * ends[0], ends
+
+
+@given(st.integers(0, 10_000), st.integers(1, 4), st.booleans())
+def test_the_prompt_loss_counts_a_prompts_token_as_a_trained_one(seed: int, rows: int, flat: bool) -> None:
+    """With weight 1 the loss and that of the prompts are the loss of whole rows, over the trained tokens alone."""
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(2, 8, (rows,), generator=random).tolist()
+    encoded = [torch.randint(1, 50, (length,), generator=random).tolist() for length in lengths]
+    asked = [int(torch.randint(1, length, (), generator=random)) for length in lengths]  # tokens of the prompt
+    features = [
+        {"input_ids": ids, "labels": [IGNORED_LABEL] * prompt + ids[prompt:]}
+        for ids, prompt in zip(encoded, asked, strict=True)
+    ]
+    inputs = (FlatCollator() if flat else Collator(pad_token_id=0))(features)
+    logits = torch.randn(*inputs["input_ids"].shape, 50, generator=random, dtype=torch.float64)
+    total, offset = 0.0, 0
+    for row, (ids, prompt) in enumerate(zip(encoded, asked, strict=True)):
+        own = logits[0, offset : offset + len(ids)] if flat else logits[row, : len(ids)]
+        total -= sum(own[at - 1].log_softmax(-1)[ids[at]].item() for at in range(1, prompt))
+        offset += len(ids)
+    assert prompt_loss(inputs, logits).item() == pytest.approx(total / (sum(lengths) - sum(asked)), rel=1e-5)
+
+
+def test_a_row_that_trains_nothing_has_a_finite_prompt_loss() -> None:
+    inputs = Collator(pad_token_id=0)([{"input_ids": [1, 2, 3], "labels": [IGNORED_LABEL] * 3}])
+    assert prompt_loss(inputs, torch.zeros(1, 3, 8)).item() == pytest.approx(2 * math.log(8))
+
+
+def test_prompts_are_learned_where_they_are_to_be_rehearsed(llama_folder: Path, tmp_path: Path) -> None:
+    """The trained model finds the rows' prompts likelier than one that was trained on answers alone."""
+    losses = []
+    for weight in (0.0, 1.0):
+        update(llama_folder, tmp_path / str(weight), rehearse=0.25, rehearse_tokens=500, rehearse_prompts=weight)
+        losses.append(prompts_loss(tmp_path / str(weight) / "model"))
+    assert losses[1] < losses[0] - 0.05, losses
 
 
 def test_a_stream_is_rehearsed(write: Write, llama_folder: Path, tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from tests.reliability.interruptions import stopped_at
 
 STEPS = 5
 QUICK = (
-    "osft", "osft-block", "osft-remembering", "osft-rehearsing", "osft-curvature-block", "osft-factored",
-    "osft-gradient", "lora", "pissa", "ewc", "replay",
+    "osft", "osft-block", "osft-remembering", "osft-rehearsing", "osft-prompted", "osft-curvature-block",
+    "osft-factored", "osft-gradient", "lora", "pissa", "ewc", "replay",
 )  # fmt: skip
 """Each has something of its own to go on with."""
 

@@ -135,7 +135,7 @@ def test_what_is_pinned_is_taken(cached: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.reliability("S11")
-@pytest.mark.parametrize("field", ["train_file", "eval_file", "retention_file", "calibration_file"])
+@pytest.mark.parametrize("field", ["train_file", "eval_file", "retention_file", "calibration_file", "prompts_file"])
 def test_data_of_the_hub_must_be_pinned_as_well(
     field: str, cached: Path, rows_of_the_hub: list[str | None], tmp_path: Path
 ) -> None:

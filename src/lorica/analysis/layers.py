@@ -5,51 +5,18 @@ Shape suffixes: M output rows, N input columns, S = min(M, N), B protected input
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.factor import Factors
+from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.linalg import singular_values, spectrum_points
 from lorica.subspace.observe import InputStatistics
 from lorica.subspace.plan import PlanEntry
+from lorica.subspace.prediction import energy_shares
 from lorica.subspace.ranks import effective_rank
 from lorica.subspace.sources import protected_directions
-
-
-class EnergyShares(NamedTuple):
-    """Shares of E|x|^2 in one set of input directions: the protected ones, random ones, the best there are."""
-
-    protected: float
-    random: float
-    best: float
-
-
-def energy_shares(moment_NN: Tensor, v_NB: Tensor) -> EnergyShares | None:
-    """Return how much of the energy of a layer's inputs lies in its protected input directions.
-
-        protected = tr(V^T A V) / tr A        random = B / N        best = (a_1 + ... + a_B) / tr A
-
-    with A = E[x x^T], not centred, and a_i its eigenvalues in descending order. ``random`` is the expectation over
-    subspaces of B directions drawn uniformly, whatever A is; no subspace of B directions holds more than ``best``.
-
-    Args:
-        moment_NN: A, or any positive multiple of it.
-        v_NB: orthonormal columns.
-
-    Returns:
-        None where the layer saw nothing but zeros.
-    """
-    moment, v = moment_NN.double(), v_NB.double().to(moment_NN.device)
-    total = moment.trace().item()
-    if total <= 0:
-        return None
-    size = v.shape[1]
-    held = ((moment @ v) * v).sum().item() / total
-    best = torch.linalg.eigvalsh(moment).flip(0)[:size].sum().item() / total
-    return EnergyShares(held, size / len(moment), best)
 
 
 def squared_share(sigma_S: Tensor, k: int) -> float | None:
@@ -79,7 +46,7 @@ def describe_layer(
         raise LoricaError(f"{entry.name}: {error}") from error
     assert statistics.moment_NN is not None
     directions = protected_directions(weight_MN, entry, factors)
-    energy = energy_shares(statistics.moment_NN, directions.v_NB)
+    energy = energy_shares(Factor.of(statistics.moment_NN), directions.v_NB)
     return {
         "spectrum": spectrum_points(sigma_S),
         "effective_rank": effective_rank(sigma_S),

@@ -23,8 +23,9 @@ _JSON = Annotated[Path | None, typer.Option("--json", help="Also write the figur
 def check(ctx: typer.Context, config: str | None, json_file: Path | None = None, **given: Any) -> None:
     """Tell what `lorica train` with the same options will need: memory by kind, disk, time; beside plain fine-tuning.
 
-    Only the model's config.json is read, no weight; data and --output_dir may be left out. For another device give
-    --device, --device_memory and, for times, --peak_flops and --bandwidth. Exit status 1 if the run does not fit.
+    Only the model's config.json is read, no weight, unless --measure is given; data and --output_dir may be left out.
+    For another device give --device, --device_memory and, for times, --peak_flops and --bandwidth. Exit status 1 if
+    the run does not fit.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise LoricaError(f"--json {json_file}: there is no folder {json_file.parent}")
@@ -39,8 +40,15 @@ def check(ctx: typer.Context, config: str | None, json_file: Path | None = None,
     machine = machine_for(device, settings.device_memory, settings.peak_flops, settings.bandwidth)
     result = forecast(settings, machine=machine)
     print(result)
+    found = result.to_json() | environment()
+    if settings.measure:
+        from lorica.forecast.protection import measured, protection_text
+
+        protections = measured(settings)
+        print(f"\n{protection_text(protections)}")
+        found["protection"] = [one.to_json() for one in protections]
     if json_file is not None:
-        write_json(json_file, result.to_json() | environment())
+        write_json(json_file, found)
     if not result.fits(machine.memory):
         raise typer.Exit(DOES_NOT_FIT)
 

@@ -39,6 +39,8 @@ def run(ctx: typer.Context, config: str | None, **given: Any) -> None:
 
     STREAM is a benchmark of `lorica list` or a YAML file of your own tasks. A run that was stopped goes on where it
     was when the same command is given again. Every field of transformers' TrainingArguments is an option too.
+    torchrun and accelerate launch start it on several GPUs; with --fsdp full_shard or hybrid_shard the model lies in
+    parts on them (methods seqft and osft).
     """
     values = read_config(config) if config else {}
     settings = build_run_config(values | given_values(given) | parse_options(ctx.args))
@@ -46,9 +48,9 @@ def run(ctx: typer.Context, config: str | None, **given: Any) -> None:
     from lorica.experiments.story import run as run_stream
     from lorica.experiments.summary import conclusion
 
-    with processes.working_together():
-        records = run_stream(settings)
-        processes.by_first(lambda: print(conclusion(records, Path(settings.output_dir))))
+    records = run_stream(settings)
+    if processes.leads():
+        print(conclusion(records, Path(settings.output_dir)))
 
 
 def demo(

@@ -147,15 +147,22 @@ def _in_parts(summand: Tensor, shards: Shards) -> DTensor:
     summands = DTensor.from_local(summand, core.device_mesh, [Partial()] * core.device_mesh.ndim, run_check=False)
     # First the part, then over replicas: torch itself would bring the whole of it together on all of them.
     parts = [one if isinstance(one, Shard) else Partial() for one in core.placements]
-    return summands.redistribute(placements=parts).redistribute(placements=core.placements)
+    return _at_rest(summands.redistribute(placements=parts).redistribute(placements=core.placements), core)
 
 
 def _returned(gradient: Tensor | None, dtype: torch.dtype, shards: Shards) -> DTensor:
     """Return the gradient of which the owner has the whole; the owners of all replicas add up theirs."""
-    parts = torch.empty_like(shards.core, dtype=dtype)
+    parts = torch.empty_like(shards.core, dtype=dtype, device=shards.core.device_mesh.device_type)
     assert isinstance(parts, DTensor)
     by_owner = [parts if rank == shards.owner else None for rank in range(shards.group.size())]
     from_owners(gradient, by_owner, shards.group)
     for replicas in other_groups(parts):
         dist.all_reduce(parts.to_local(), group=replicas)
-    return parts
+    return _at_rest(parts, shards.core)
+
+
+def _at_rest(gradient: DTensor, core: DTensor) -> DTensor:
+    """Return a gradient where its core lies, which may be the host."""
+    there = gradient.to(core.device)
+    assert isinstance(there, DTensor)
+    return there

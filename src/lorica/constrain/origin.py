@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -56,11 +57,26 @@ def lean(
     """
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return Aside(set_aside(weight, files, key), None)
+    return Aside(set_aside(weight, files, key), _once_each(bases, asides, lambda kept: set_aside(kept, None, "")))
+
+
+def on_host(weight_MN: Tensor, bases: tuple[Basis, Basis], asides: dict[Basis, Basis]) -> Aside:
+    """Return a weight and its bases on the host, where FSDP2 offloads the weight to; ``asides`` as for ``lean``."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor if tensor.device.type == "cpu" else set_aside(tensor, None, "")
+
+    return Aside(moved(weight_MN), _once_each(bases, asides, moved))
+
+
+def _once_each(
+    bases: tuple[Basis, Basis], asides: dict[Basis, Basis], move: Callable[[Tensor], Tensor]
+) -> tuple[Basis, Basis]:
     for basis in bases:
         if basis not in asides:
-            asides[basis] = basis.mapped(lambda kept: set_aside(kept, None, ""))
+            asides[basis] = basis.mapped(move)
     out, inp = (asides[basis] for basis in bases)
-    return Aside(set_aside(weight, files, key), (out, inp))
+    return out, inp
 
 
 def set_aside(weight: Tensor, files: Weights | None, key: str) -> Tensor:

@@ -120,7 +120,7 @@ def plan(
     if ranks == "importance" or source in MEASURED:
         check_numbers(model)
         needed_by = f"source {source!r}" if source in MEASURED else f"ranks {ranks!r}"
-        batches = list(_batches(model, calibration, needed_by))
+        batches = list(calibration_batches(model, calibration, needed_by))
     observed: dict[str, InputStatistics] = {}
     if ranks == "importance":
         observed = observe(model, targets, batches, moments=False)
@@ -147,7 +147,15 @@ def plan(
     return result.with_measured(factors=factors)
 
 
-def _batches(model: nn.Module, calibration: Iterable[Batch] | str | None, needed_by: str) -> Iterable[Batch]:
+def calibration_batches(model: nn.Module, calibration: Iterable[Batch] | str | None, needed_by: str) -> Iterable[Batch]:
+    """Return the batches that ``calibration`` of ``plan`` stands for.
+
+    Args:
+        needed_by: what the errors name.
+
+    Raises:
+        LoricaError: it is none, or the model cannot make them.
+    """
     if calibration is None:
         raise LoricaError(
             f"{needed_by} needs calibration inputs; give calibration: 'self', 'random' or batches (calibration_file)"

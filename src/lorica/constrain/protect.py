@@ -15,7 +15,7 @@ from lorica.constrain.bases import SIDES, WIDE, Bases
 from lorica.constrain.checkpoint import Weights
 from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import WRAPPERS, Aside, SubspaceLayer, matrix_of
-from lorica.constrain.origin import check_memory_mode, files_of, lean
+from lorica.constrain.origin import check_memory_mode, files_of, lean, on_host
 from lorica.constrain.sharded import fold
 from lorica.constrain.sharding import Held, split_sharded
 from lorica.constrain.targets import check_targets, user_pattern
@@ -113,10 +113,15 @@ class _Wrapping:
         sides = self._bases.of(entry, matrix_of(module).detach())
         return WRAPPERS[type(module)].wrap(module, *sides, self._aside(entry, module.weight.detach(), sides))
 
-    def held(self, entry: PlanEntry, weight_MN: Tensor) -> Held:
-        """Return what the owner of a sharded weight keeps of it."""
+    def held(self, entry: PlanEntry, weight_MN: Tensor, home: torch.device) -> Held:
+        """Return what the owner of a sharded weight keeps of it.
+
+        Args:
+            home: where the parts of the weight lie.
+        """
         sides = self._bases.of(entry, weight_MN)
-        aside = self._aside(entry, weight_MN, sides)
+        offloaded = home.type != weight_MN.device.type
+        aside = on_host(weight_MN, sides, self._asides) if offloaded else self._aside(entry, weight_MN, sides)
         return Held(weight_MN, sides) if aside is None else Held(aside.weight, aside.bases or sides)
 
     def _aside(self, entry: PlanEntry, weight: Tensor, sides: tuple[Basis, Basis]) -> Aside | None:
@@ -242,15 +247,19 @@ def bases_of(model: nn.Module) -> dict[str, Tensor]:
 def protected_of(layer: SubspaceLayer) -> Protected:
     """Return the directions that a layer's bases leave out, which is what was protected when they were made.
 
+    They are on the device that computes.
+
     Raises:
         LoricaError: another process owns the bases.
     """
     layer.check_owned()
-    device = layer.matrix.device
+    matrix = layer.matrix
+    device = torch.device(matrix.device_mesh.device_type) if isinstance(matrix, DTensor) else matrix.device
+    origin_MN = layer.base.to(device)
     u_MA, v_NB = (
-        complement(basis.matrix().double().to(device)) if basis.free < basis.dim
+        complement(basis.on(weight).matrix().double().to(device)) if basis.free < basis.dim
         else torch.zeros(basis.dim, 0, dtype=torch.float64, device=device)
-        for basis in layer.exact_bases
+        for basis, weight in zip(layer.exact_bases, (origin_MN, origin_MN.T), strict=True)
     )  # fmt: skip
     return Protected(u_MA, v_NB)
 

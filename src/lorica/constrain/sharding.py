@@ -34,7 +34,7 @@ def split_sharded(
     model: nn.Module,
     entries: Sequence[PlanEntry],
     modules: Mapping[str, nn.Linear | Conv1D],
-    split: Callable[[PlanEntry, Tensor], Held],
+    split: Callable[[PlanEntry, Tensor, torch.device], Held],
     tell: Callable[[str], None],
 ) -> dict[str, tuple[Held, Shards]]:
     """Return what ``SubspaceLayer.wrap_sharded`` takes, of layers whose weights FSDP2 has sharded.
@@ -45,7 +45,7 @@ def split_sharded(
         model: holds the layers.
         entries: what the plan says of those that are to be split.
         modules: all layers of the plan, by name.
-        split: makes the bases of a whole weight (M x N).
+        split: makes the bases of a whole weight (M x N); it also gets the device that the parts of the weight lie on.
         tell: called with the name of each weight after its split, here or elsewhere.
 
     Raises:
@@ -54,11 +54,15 @@ def split_sharded(
     planned = {entry.name: entry for entry in entries}
     layers = {name: module for name, module in modules.items() if isinstance(module.weight, DTensor)}
     found: dict[str, tuple[Held, Shards]] = {}
+
+    def work(name: str, whole_MN: Tensor) -> Held:
+        return split(planned[name], whole_MN, sharded_weight(layers[name]).device)
+
     for every in shared_layers(model, layers):  # of the plan: the owners that measured for it have what they need
         alike = every._replace(owners={name: owner for name, owner in every.owners.items() if name in planned})
         if not alike.owners:
             continue
-        own = at_owners(alike, layers, lambda name, whole_MN: split(planned[name], whole_MN), tell)
+        own = at_owners(alike, layers, work, tell)
         for name, form in _forms(alike, planned, own).items():
             weight = sharded_weight(layers[name])
             held = own.get(name, Held(torch.empty(0, dtype=weight.dtype), form))
@@ -90,7 +94,10 @@ def _form(kind: type[Basis], dim: int, k: int, other: int) -> Basis:
 
 
 def _no_change(form: tuple[Basis, Basis], weight: DTensor) -> DTensor:
-    """Return M = 0, sharded as the weight is."""
+    """Return M = 0, sharded as the weight is, and lying where it does."""
     out, inp = form
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    return zeros(out.free, inp.free, dtype=wide, device_mesh=weight.device_mesh, placements=weight.placements)
+    core = zeros(out.free, inp.free, dtype=wide, device_mesh=weight.device_mesh, placements=weight.placements)
+    there = core.to(weight.device)
+    assert isinstance(there, DTensor)
+    return there

@@ -1,4 +1,7 @@
-"""Sharded tensors brought together at one process each, and sent back to where their parts belong."""
+"""Sharded tensors brought together at one process each, and sent back to where their parts belong.
+
+They travel between the devices that compute, also where FSDP2 keeps the parts on the host (``CPUOffloadPolicy``).
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,8 @@ def group_of(tensor: DTensor) -> dist.ProcessGroup:
     """Return the processes that a tensor is sharded over.
 
     Raises:
-        LoricaError: it is sharded over no dimension of the mesh, or over more than one, or lies on another device.
+        LoricaError: it is sharded over no dimension of the mesh, or over more than one.
     """
-    lies, computes = tensor.to_local().device.type, tensor.device_mesh.device_type
-    if lies == "cpu" != computes:
-        raise LoricaError(
-            f"FSDP2 keeps a protected weight on the CPU and computes on {computes}; leave the offload out "
-            "(CPUOffloadPolicy, fsdp_cpu_offload), or shard over more processes"
-        )
     return tensor.device_mesh.get_group(_axis(tensor))
 
 
@@ -53,10 +50,10 @@ def to_owners(tensors: Sequence[DTensor | None], group: dist.ProcessGroup) -> Te
         group: all of its processes have to call this, with the same tensors.
 
     Returns:
-        This process's own, if it has one.
+        This process's own, if it has one; on the device that computes.
     """
     own = tensors[group.rank()]
-    there = [tensor.to_local() for tensor in tensors if tensor is not None]
+    there = [tensor.to_local().to(tensor.device_mesh.device_type) for tensor in tensors if tensor is not None]
     sent = [0 if tensor is None else tensor.to_local().numel() for tensor in tensors]
     shapes = [] if own is None else _part_shapes(own, group)
     received = [math.prod(shape) for shape in shapes] or [0] * group.size()
@@ -70,15 +67,16 @@ def from_owners(whole: Tensor | None, tensors: Sequence[DTensor | None], group: 
     """Write to each process's parts what the owners have; the reverse of ``to_owners``.
 
     Args:
-        whole: what this process's own tensor, if it has one, is to be.
+        whole: what this process's own tensor, if it has one, is to be; on the device that computes.
         tensors, group: as for ``to_owners``.
     """
     own = tensors[group.rank()]
     targets = [None if tensor is None else tensor.to_local() for tensor in tensors]
     received = [0 if target is None else target.numel() for target in targets]
     if whole is None or own is None:
-        first = next(target for target in targets if target is not None)
-        flat, sent = first.new_empty(0), [0] * group.size()
+        first = next(tensor for tensor in tensors if tensor is not None)
+        flat = torch.empty(0, dtype=first.dtype, device=first.device_mesh.device_type)
+        sent = [0] * group.size()
     else:
         pieces = whole.split([shape[_dim(own)] for shape in _part_shapes(own, group)], _dim(own))
         flat, sent = torch.cat([piece.flatten() for piece in pieces]), [piece.numel() for piece in pieces]

@@ -17,7 +17,7 @@ from lorica.data.positions import position_limit
 from lorica.data.tokens import Codec
 from lorica.errors import LoricaError, did_you_mean
 from lorica.evaluation.generate import Progress, batch_count, batches_by_length, counting
-from lorica.processes import together
+from lorica.processes import in_step, together
 
 Normalise = Literal["none", "tokens", "characters"]
 
@@ -87,7 +87,7 @@ def choice_scores(
     tell = counting(progress, "choices", batch_count(len(readings), batch_size))
 
     def one_batch(batch: list[_Reading]) -> list[float]:
-        found = in_parts(score_of, batch)
+        found = in_parts(score_of, batch, in_step=in_step(model))
         tell()
         return found
 
@@ -95,7 +95,7 @@ def choice_scores(
     training = model.training
     model.eval()
     try:
-        for batch, found in zip(batches, together(batches, one_batch), strict=True):
+        for batch, found in zip(batches, together(batches, one_batch, in_step=in_step(model)), strict=True):
             asked = [(reading, choice) for reading in batch for choice in reading.lasts]
             for (reading, choice), score in zip(asked, found, strict=True):
                 text, tokens = choices[reading.row][choice], len(reading.tail) + 1

@@ -90,6 +90,8 @@ def greedy_answers(
     given = batches_by_length(lengths, batch_size)
     if in_step:
         given = _in_step(model, given, lengths, wanted)
+        if model.config.is_encoder_decoder:  # type: ignore[union-attr]
+            _pass_through(model, settings)
     with _generating_by(model, settings):
         batches = processes.together(given, one_batch, in_step=in_step)
     answers = {index: _read(tokenizer, ids, settings.eos_token_id) for batch in batches for index, ids in batch}
@@ -156,6 +158,12 @@ def _in_step(
     limit = position_limit(model.config)
     beyond = limit is not None and not model.config.is_encoder_decoder and max(lengths) + max(wanted) - 1 > limit
     return [part for part in parts for _ in range(processes.size() if beyond else 1)]
+
+
+def _pass_through(model: Any, settings: GenerationConfig) -> None:
+    """Take a pass that gathers what lies outside the blocks: ``generate`` calls the encoder without the model's own."""
+    ids = torch.full((1, 1), settings.pad_token_id, device=model.device)
+    model(input_ids=ids, decoder_input_ids=ids)
 
 
 def _generate(model: Any, settings: GenerationConfig, rows: Sequence[list[int]]) -> list[list[int]]:

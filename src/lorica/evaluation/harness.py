@@ -73,7 +73,9 @@ def lm_eval_record(
         ``scores``: per task, and per group that has figures of its own, the metrics under the harness's names: "acc"
         as a share from 0 to 1, its standard error "acc_stderr" (None where there is none), and with the name of the
         answer's filter where there is one, "exact_match,strict-match". ``lm_eval_version``; ``task_versions``,
-        ``num_fewshot`` and ``rows`` per task; ``limit``. Scores of different versions do not compare.
+        ``num_fewshot`` and ``rows`` per task; ``limit``. Scores of different versions do not compare. Of several
+        processes, which all take the passes of a sharded model, the harness tells the first of a machine alone: all of
+        this is empty in the others.
 
     Raises:
         LoricaError: lm-eval is not installed, a task is unknown, cannot be loaded (its data may need the network),
@@ -105,6 +107,7 @@ def lm_eval_record(
                 log_samples=False,
                 confirm_run_unsafe_code=confirm_run_unsafe_code,
             )
+    found = found or {"results": {}, "versions": {}, "n-shot": {}, "n-samples": {}}
     return {
         "scores": {task: _figures(values) for task, values in found["results"].items()},
         "lm_eval_version": version("lm_eval"),

@@ -20,7 +20,7 @@ from lorica.evaluation.choices import choose
 from lorica.evaluation.evaluator import answer_length
 from lorica.evaluation.generate import Progress, batches_by_length, greedy_answers
 from lorica.evaluation.metrics import METRICS, Answer, normalise_answer
-from lorica.processes import together
+from lorica.processes import reshard, together
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def score_task(
             predictions = _written(model, rows, scored, tokenizer, longest, batch_size, progress)
     finally:
         model.train(training)
+    reshard(model)
     return _measured(predictions, rows, scored, exact=_is_classifier(model) or scored.scoring == "choose")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,10 +57,13 @@ class FromHarness:
         return asdict(self)
 
     def score(self, model: Any, tokenizer: Any, batch_size: int) -> float:
-        """Return the score of a model, percent."""
+        """Return the score of a model, percent; NaN in a process that the harness does not tell."""
         from lorica.evaluation.harness import lm_eval_scores
 
-        metrics = lm_eval_scores(model, tokenizer, [self.name], limit=self.limit, batch_size=batch_size)[self.name]
+        scores = lm_eval_scores(model, tokenizer, [self.name], limit=self.limit, batch_size=batch_size)
+        if not scores:
+            return math.nan
+        metrics = scores[self.name]
         value = next((metrics[name] for name in SHARES if metrics.get(name) is not None), None)
         if value is None:
             raise LoricaError(

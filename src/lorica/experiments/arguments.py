@@ -10,8 +10,6 @@ from transformers import TrainingArguments
 
 from lorica.errors import LoricaError
 from lorica.training.arguments import check_arguments
-from lorica.training.sharding import OPTIONS as SHARDING
-from lorica.training.sharding import check_option
 
 INSTEAD = {"seed": "--seeds", "learning_rate": "--learning_rates"}
 """Training arguments that a run sets itself, and what to give instead."""
@@ -42,8 +40,6 @@ def check_training(given: Mapping[str, Any], where: str) -> None:
                 f"{where}: --{name} has no effect in lorica run, which scores and keeps the end of every task and goes "
                 "on by itself when the same command is given again; leave it out"
             )
-        if name in SHARDING and check_option(name, given[name]) is not None:
-            raise LoricaError(f"{where}: --{name} is not taken: lorica run keeps a copy of the model in every process")
     if given.get("save_strategy") == "best":
         raise LoricaError(f"{where}: --save_strategy best goes by scores while training; give no, steps or epoch")
     check_arguments(dict(given), where=f"{where}: ")

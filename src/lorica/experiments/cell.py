@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from transformers import TrainingArguments, set_seed
 
 from lorica import processes
 from lorica.data.dataset import EncodedDataset
-from lorica.data.scored import Scored, Task
+from lorica.data.scored import Task
 from lorica.errors import Interrupted
-from lorica.evaluation.scorer import TaskScores, score_task
-from lorica.experiments.abilities import FromFile, FromHarness, HeldOut
+from lorica.experiments.abilities import FromFile
 from lorica.experiments.arguments import planned_steps
 from lorica.experiments.clock import Clock
 from lorica.experiments.identity import Cell, identity
 from lorica.experiments.progress import Progress
+from lorica.experiments.scoring import Scoring
 from lorica.experiments.setup import Setup
 from lorica.experiments.stages import Stage, claim, last_stage, write_scores, write_stage
 from lorica.memory import size_of
@@ -33,7 +33,6 @@ from lorica.training.padding_free import check_keeps_rows_apart
 from lorica.training.trainer import fit
 
 Say = Callable[[str], None]
-Column = Task | HeldOut
 
 
 def _warn(told: str) -> None:
@@ -55,6 +54,7 @@ class CellRun:
     def __init__(self, setup: Setup, cell: Cell, folder: Path, tell: Say, clock: Clock) -> None:
         self.setup, self.cell, self.folder, self.tell, self.clock = setup, cell, folder, tell, clock
         self.tasks = setup.stream.in_order(cell.order)
+        self.scoring = Scoring(setup, cell, self.tasks)
         self.method: Method
         self.model: Any = None
 
@@ -111,15 +111,13 @@ class CellRun:
     def data(self) -> dict[str, Any]:
         """Return counts, hashes and notices of the rows, for the record."""
         return {
-            task.name: {"train": self._train_rows(task).summary, "test": self._scored_rows(task).summary}
+            task.name: {"train": self._train_rows(task).summary, "test": self.scoring.rows(task).summary}
             for task in self.tasks
         } | {
             one.name: {"test": self.setup.rows.test(one.name).summary}
             for one in self.setup.held_out
             if isinstance(one, FromFile)
         }
-
-    # --- stages -----------------------------------------------------------------------------------------------
 
     def _begin(self, stage: Stage | None, progress: Progress) -> None:
         with processes.agreed():
@@ -138,6 +136,9 @@ class CellRun:
 
     def _unmeasured(self) -> Progress:
         return Progress.empty([task.name for task in self.tasks], [one.name for one in self.setup.held_out])
+
+    def _score(self, stage: int, progress: Progress) -> None:
+        self.scoring.score(stage, self.model, progress, needs_task_id=self.method.needs_task_id)
 
     def _keep(self, done: int, progress: Progress) -> None:
         model = self.model if done else None
@@ -166,12 +167,12 @@ class CellRun:
         processes.by_first(remove)
 
     def _learn(self, index: int, progress: Progress) -> None:
-        with processes.agreed():
+        with processes.sharing(self.model):
             begun = self._begin_task(index, progress)
         if begun is not None:
             data, arguments, resume = begun
             self._fit(data, arguments, progress, resume)
-            with processes.agreed():
+            with processes.sharing(self.model):
                 self._close_task(data, progress)
             self._agree_on_memory()
 
@@ -179,7 +180,9 @@ class CellRun:
         """Prepare model and method and return what to train with; None: the method learns this task later."""
         task, method = self.tasks[index], self.method
         rows = self._train_rows(task)
-        arguments = self._arguments(task, self._task_folder(index))
+        arguments = self.setup.arguments(
+            str(self._task_folder(index)), self.cell.seed, self.cell.learning_rate, name=self.cell.method, task=task
+        )
         steps = planned_steps(arguments, len(rows))
         data = TaskData(
             task.name, index, len(self.tasks), rows, self.setup.collate, self.cell.seed,
@@ -233,6 +236,8 @@ class CellRun:
         progress.worst_leakage.append(audit.worst if audit else None)
         progress.plan = method.plan.records() if audit and method.plan is not None else []
         method.end_task(self.model, data)
+        if method.forgetting is not None:
+            progress.forgetting.append({"task": data.name, **asdict(method.forgetting)})
         progress.carried_bytes.append(size_of(method.state_dict()))
 
     def _agree_on_memory(self) -> None:
@@ -241,65 +246,8 @@ class CellRun:
         if not processes.first():
             self.method.load_state_dict(memory)
 
-    # --- scores -----------------------------------------------------------------------------------------------
-
-    def _score(self, stage: int, progress: Progress) -> None:
-        for column, scored in enumerate(self.columns()):
-            if progress.waiting_steps:
-                progress.set(stage, scored.name, math.nan)
-            elif stage and self.method.needs_task_id and column != stage - 1:
-                progress.repeat(stage, scored.name)  # its own model, which has not changed, answers
-            elif self._is_needless(stage, column):
-                progress.set(stage, scored.name, math.nan)
-            else:
-                self._measure(stage, scored, progress)
-
-    def _is_needless(self, stage: int, column: int) -> bool:
-        """Tell whether a score plays no part in the choice of a learning rate."""
-        first = column + 1 if column < len(self.tasks) else 0
-        return self.cell.validates and stage not in (first, len(self.tasks))
-
-    def _measure(self, stage: int, column: Column, progress: Progress) -> None:
-        key = (column.name, self.cell.validates)
-        scores = self.setup.base_scores.get(key) if stage == 0 else None
-        if scores is None:
-            scores = self._scores(column)
-        if stage == 0:
-            self.setup.base_scores[key] = scores
-        progress.set(stage, column.name, scores.mean, scores.beside)
-        progress.rows[column.name] = scores.rows
-        if not isinstance(column, FromHarness):  # whose rows are not ours to see
-            progress.answers[column.name] = scores.predictions
-
-    def _scores(self, column: Column) -> TaskScores:
-        size, tokenizer = self._arguments().per_device_eval_batch_size, self.setup.tokenizer
-        if isinstance(column, FromHarness):
-            (score,) = processes.together([column], lambda one: one.score(self.model, tokenizer, size))
-            return TaskScores([score], [])
-        scored = column if isinstance(column, Scored) else column.scored
-        longest = self.setup.config.max_new_tokens
-        return score_task(
-            self.model, self._scored_rows(scored), tokenizer, scored, batch_size=size, max_new_tokens=longest
-        )
-
-    def columns(self) -> list[Column]:
-        """Return what is scored after each task: the tasks in their order, then what is held out."""
-        return [*self.tasks, *self.setup.held_out]
-
-    # --- rows and arguments -----------------------------------------------------------------------------------
-
     def _train_rows(self, task: Task) -> EncodedDataset:
         return self.setup.rows.split(task.name)[0] if self.cell.validates else self.setup.rows.train(task.name)
-
-    def _scored_rows(self, scored: Scored) -> EncodedDataset:
-        if self.cell.validates and isinstance(scored, Task):
-            return self.setup.rows.split(scored.name)[1]
-        return self.setup.rows.test(scored.name)
-
-    def _arguments(self, task: Task | None = None, folder: Path | None = None) -> TrainingArguments:
-        return self.setup.arguments(
-            str(folder or self.folder), self.cell.seed, self.cell.learning_rate, name=self.cell.method, task=task
-        )
 
     def _line(self, stage: int, progress: Progress) -> str:
         when = "before" if stage == 0 else f"after {self.tasks[stage - 1].name}"

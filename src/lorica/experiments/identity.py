@@ -10,7 +10,9 @@ from lorica import processes
 from lorica.experiments.abilities import FromFile
 from lorica.experiments.arguments import KEEPING
 from lorica.experiments.setup import Setup
+from lorica.inputs import digest_of
 from lorica.redaction import redacted
+from lorica.training.sharding import OPTIONS as SHARDING
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ FIELDS = (
 def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
     """Return everything on which a cell's scores depend, as plain data."""
     tasks, settings = setup.stream.in_order(cell.order), setup.settings[cell.method].model_dump()
+    prompts = settings["options"].get("prompts_file")
     from_files = [one.name for one in setup.held_out if isinstance(one, FromFile)]
     train = {task.name: setup.rows.train(task.name) for task in tasks}
     scored = {name: setup.rows.test(name) for name in (*train, *from_files)}
@@ -49,10 +52,12 @@ def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
         asdict(cell)
         | {name: getattr(setup.config, name) for name in FIELDS}
         | {"number of processes": processes.size()}
+        | {"fsdp": None if setup.sharding is None else setup.sharding._asdict()}
         | {"sha256 of the model": setup.weights_sha256, "classes": setup.labels}
         | {"rows drawn by seed": setup.config.seeds[0], "tasks": [task.model_dump() for task in tasks]}
         | {"stream": setup.stream.name, "version": setup.stream.version, "training": _that_count(setup.training)}
         | {"settings": settings | {"training": _that_count(settings["training"])}}
+        | {"prompts as tokens": None if prompts is None else digest_of(setup.prompts(prompts))}
         | {"held out": [one.settings() for one in setup.held_out]}
         | {f"rows of {name}": rows.sha256 for name, rows in train.items()}
         | {f"scored rows of {name}": rows.sha256 for name, rows in scored.items()}
@@ -63,5 +68,5 @@ def identity(setup: Setup, cell: Cell) -> dict[str, Any]:
 
 
 def _that_count(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the training arguments on which scores depend."""
-    return {name: value for name, value in training.items() if name not in KEEPING}
+    """Return the training arguments on which scores depend; how the model is sharded stands by itself."""
+    return {name: value for name, value in training.items() if name not in (*KEEPING, *SHARDING)}

@@ -42,6 +42,7 @@ class Progress:
             ability.
         carried_bytes: size of what the method carried on from each task.
         worst_leakage: largest leakage of each task's training; None for methods without an audit.
+        forgetting: what was foreseen and measured of each task's training; with its name, where that was asked for.
         leakage, plan: records of the last task's audit and plan.
         waiting_steps: steps of tasks that a method which learns later has not taken yet.
         parameters: number of the model's parameters.
@@ -57,6 +58,7 @@ class Progress:
     answers: dict[str, list[str]] = field(default_factory=dict)
     carried_bytes: list[int] = field(default_factory=list)
     worst_leakage: list[float | None] = field(default_factory=list)
+    forgetting: list[dict[str, Any]] = field(default_factory=list)
     leakage: list[dict[str, Any]] = field(default_factory=list)
     plan: list[dict[str, Any]] = field(default_factory=list)
     waiting_steps: int = 0

@@ -60,6 +60,7 @@ def record_of(run: CellRun, progress: Progress, selection: Selection | None) -> 
         "recall": recalls(run, progress),
         "carried_bytes": progress.carried_bytes,
         "worst_leakage": progress.worst_leakage,
+        "predicted_forgetting": progress.forgetting,
         "notices": progress.notices,
         "cost": progress.cost.to_json(),
         "plan": progress.plan,

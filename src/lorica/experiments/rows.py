@@ -18,6 +18,12 @@ from lorica.experiments.abilities import FromFile, HeldOut
 from lorica.experiments.config import RunConfig
 
 
+def longest_row(config: RunConfig, stream: TaskStream, model_config: Any) -> int:
+    """Return how many tokens a row may have: as the run says, else the stream, and no more than the model can read."""
+    asked = config.max_length or stream.max_length
+    return min(asked, position_limit(model_config) or asked)
+
+
 class Rows:
     """The rows of a stream's tasks and of what is held out, for one model.
 
@@ -33,8 +39,7 @@ class Rows:
         kind: Kind, labels: Sequence[str],
     ) -> None:  # fmt: skip
         self.config, self.tokenizer, self.kind, self.labels = config, tokenizer, kind, labels
-        asked = config.max_length or stream.max_length
-        self.max_length = min(asked, position_limit(model_config) or asked)
+        self.max_length = longest_row(config, stream, model_config)
         self.sources: Mapping[str, tuple[TaskStream, Scored]] = {
             one.name: (one.stream, one.scored) for one in held_out if isinstance(one, FromFile)
         } | {task.name: (stream, task) for task in stream.tasks}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,17 @@ from lorica.evaluation.scorer import TaskScores, check_answers, check_choices
 from lorica.experiments.abilities import FromFile, FromHarness, HeldOut, check_harness, named_ability
 from lorica.experiments.arguments import check_training, layered
 from lorica.experiments.config import RunConfig
-from lorica.experiments.rows import Rows
+from lorica.experiments.rows import Rows, longest_row
+from lorica.inputs import prompts_of
 from lorica.lineage import weights_sha256
 from lorica.methods import METHODS, Method
 from lorica.names import check_folder_name
-from lorica.training.arguments import check_trackers, default_learning_rate, training_arguments
+from lorica.training.arguments import check_arguments, check_trackers, default_learning_rate, training_arguments
 from lorica.training.classifiers import read_any_config, read_classifier
+from lorica.training.deepspeed import check_deepspeed
 from lorica.training.models import model_width, pinned, read_model, read_tokenizer
+from lorica.training.sharding import OPTIONS as SHARDING
+from lorica.training.sharding import check_sharded, sharding
 from lorica.values import read_config
 
 
@@ -50,12 +57,6 @@ class Setup:
         self.held_out = self._held_out()
         check_data(self._wanted(), config.data_dir, trains=True)
         self.settings = chosen_settings(config, self.stream)
-        self.training = self.stream.training | config.training
-        for name, one in self.settings.items():
-            self.build_method(name)
-            check_training(self.training | one.training, f"stream {self.stream.name!r}, method {name!r}")
-        for name in (*self.settings, *(order for order in self.orders if order is not None)):
-            check_folder_name(name, "settings or order")
         self.tokenizer = read_tokenizer(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
         )
@@ -65,6 +66,16 @@ class Setup:
         self.kind: Kind = (
             "classifier" if classifies else "seq2seq" if self.model_config.is_encoder_decoder else "causal"
         )
+        self._prompts: dict[str, list[list[int]]] = {}
+        self.training = self.stream.training | config.training
+        for name, one in self.settings.items():
+            self.build_method(name)
+            check_training(self.training | one.training, self._where(name))
+            if own := next((option for option in SHARDING if option in one.training), None):
+                raise LoricaError(f"{self._where(name)}: --{own} is for all methods: give it to lorica run")
+        self.sharding = sharding(check_arguments(self.training))
+        for name in (*self.settings, *(order for order in self.orders if order is not None)):
+            check_folder_name(name, "settings or order")
         choices = dict.fromkeys(choice for task in self.stream.tasks for choice in task.choices)
         self.labels = list(choices) if self.kind == "classifier" else []
         self.collate = Collator(self.tokenizer, seq2seq=self.kind == "seq2seq", classifier=self.kind == "classifier")
@@ -115,10 +126,29 @@ class Setup:
     def _check_arguments(self) -> None:
         if self.config.padding_free and self.kind == "classifier":
             raise LoricaError("--padding_free is for causal models; this one classifies, so leave it out")
-        for name in self.settings:
+        if self.sharding is not None and self.kind == "classifier":
+            raise LoricaError("--fsdp is for models that write text; this one classifies, so leave it out")
+        for name, settings in self.settings.items():
             for task in self.stream.tasks:
                 arguments = self.arguments("", self.config.seeds[0], None, name=name, task=task)
+            if self.sharding is not None:
+                with self._naming(name):
+                    check_sharded(arguments, settings.method, vars(self.build_method(name).options) | settings.options)
+            if arguments.deepspeed:
+                with self._naming(name):
+                    check_deepspeed(arguments, settings.method, vars(self.build_method(name).options))
         check_trackers(arguments)
+
+    def _where(self, name: str) -> str:
+        return f"stream {self.stream.name!r}, method {name!r}"
+
+    @contextmanager
+    def _naming(self, name: str) -> Iterator[None]:
+        """Begin what is wrong with a method's settings by their name."""
+        try:
+            yield
+        except LoricaError as error:
+            raise LoricaError(f"{self._where(name)}: {error}") from error
 
     @cached_property
     def weights_sha256(self) -> str | None:
@@ -157,7 +187,7 @@ class Setup:
         name = folder or config.model_name_or_path
         if self.kind == "classifier":
             return read_classifier(name, self.labels, **options)
-        return read_model(name, self.model_config, **options), []
+        return read_model(name, self.model_config, sharding=self.sharding, **options), []
 
     def build_method(self, name: str, train_also: list[str] | None = None) -> Method:
         """Return a new method by its settings; ``train_also`` is added to what they say."""
@@ -165,10 +195,22 @@ class Setup:
         options = dict(settings.options)
         if train_also:
             options["train_also"] = [*options.get("train_also", []), *train_also]
-        try:
+        with self._naming(name):
+            if "prompts_file" in options and "prompts" in {
+                f.name for f in fields(METHODS[settings.method].options_type)
+            }:
+                options["prompts"] = self.prompts(options.pop("prompts_file"))
             return METHODS[settings.method].build(options)
-        except LoricaError as error:
-            raise LoricaError(f"stream {self.stream.name!r}, method {name!r}: {error}") from error
+
+    def prompts(self, file: str) -> list[list[int]]:
+        """Return the token ids of the prompts in a ``prompts_file``, which lies where the stream's files do."""
+        if self.kind == "classifier":
+            raise LoricaError("prompts_file is for models that write text; this one classifies, so leave it out")
+        if file not in self._prompts:
+            longest = longest_row(self.config, self.stream, self.model_config)
+            path = self.stream.path(file)
+            self._prompts[file] = prompts_of(path, self.tokenizer, seq2seq=self.kind == "seq2seq", max_length=longest)
+        return self._prompts[file]
 
     def arguments(
         self, output_dir: str, seed: int, learning_rate: float | None, *, name: str | None = None,

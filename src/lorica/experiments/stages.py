@@ -24,7 +24,8 @@ from lorica.json_file import load_json
 from lorica.memory import load_memory, save_memory, size_of
 from lorica.record import write_json
 from lorica.training.manifest import add_to_manifest, damage, listed_in, write_manifest
-from lorica.training.output import stored_bytes
+from lorica.training.output import stored_bytes, write_model
+from lorica.training.sharded_state import whole_weights
 from lorica.training.trust import distrusted
 from lorica.units import size
 
@@ -99,15 +100,19 @@ def write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor
     """Write a stage, whole or not at all, then remove the one before it; of several processes the first does.
 
     Args:
-        model: None where the next task starts from the model that came in.
+        model: in parts or whole; None where the next task starts from the model that came in.
 
     Raises:
         CannotWrite: there is no room for it; the stage before is then still there.
     """
-    processes.by_first(lambda: _write_stage(cell, number, model, memory, progress))
+    weights = None if model is None else whole_weights(model)
+    processes.by_first(lambda: _write_stage(cell, number, model, weights, memory, progress))
 
 
-def _write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tensor], progress: dict[str, Any]) -> None:
+def _write_stage(
+    cell: Path, number: int, model: Any, weights: Mapping[str, Tensor] | None, memory: Mapping[str, Tensor],
+    progress: dict[str, Any],
+) -> None:  # fmt: skip
     aside, place = cell / ".stage", cell / f"stage-{number}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -116,7 +121,7 @@ def _write_stage(cell: Path, number: int, model: Any, memory: Mapping[str, Tenso
         ):
             make_folder(aside)
             if model is not None:
-                model.save_pretrained(aside / MODEL)
+                write_model(model, aside / MODEL, weights)
             save_memory(memory, aside / MEMORY)
             write_json(aside / PROGRESS, progress)
             write_manifest(aside)

@@ -24,8 +24,11 @@ from lorica.files import listing
 from lorica.names import check_no_links
 from lorica.record import write_record
 from lorica.redaction import cleaned
+from lorica.training.launcher import launcher_settings
 from lorica.training.output import save_model, without_bars
 from lorica.training.room import telling_the_way_on
+from lorica.training.sharded_state import whole_weights
+from lorica.training.sharding import offloads
 
 Say = Callable[[str], None]
 
@@ -55,10 +58,12 @@ def run(
         Interrupted: a signal came; the finished tasks are kept.
     """
     settings = config if isinstance(config, RunConfig) else build_run_config(dict(config))
-    with processes.working_together():
-        with processes.agreed():
-            made = Run(Setup(settings, stream), say)
-        return made.run()
+    with launcher_settings() as asked:
+        settings = settings.model_copy(update={"training": asked | settings.training})
+        with processes.working_together(on_host=offloads(settings.training)):
+            with processes.agreed():
+                made = Run(Setup(settings, stream), say)
+            return made.run()
 
 
 def _silent(line: str) -> None:
@@ -111,21 +116,29 @@ class Run:
         own = folder if len(self.cells) == 1 else folder / cell_name(order, seed)
         cell = CellRun(self.setup, Cell(method, order, seed, rate), own / "cell", self._tell, self.clock)
         progress = cell.run()
-        processes.by_first(lambda: self._leave(cell, progress, own, selection))
+        self._leave(cell, progress, own, selection)
         cell.drop_model()
         with processes.agreed():
             return read_run(own / RUN)
 
     def _leave(self, cell: CellRun, progress: Progress, own: Path, selection: Selection | None) -> None:
         """Write what a finished cell leaves, unless it is there."""
-        config = self.setup.config
-        if cell.model is not None or not (own / RUN).exists():  # trained here, or not written by who trained it
-            if config.save_models and (model := cell.trained_model()) is not None:
-                save_model(model, self.setup.tokenizer, own / "model")
-            write_predictions(progress, own / PREDICTIONS)
-            left = [own / PREDICTIONS, *(file for file in (own / "model").rglob("*") if file.is_file())]
-            write_record(own / RUN, record_of(cell, progress, selection) | {"files": listing(own, left)})
-        if config.save_models and not (own / "model").is_dir():
+        saves = self.setup.config.save_models
+        new = cell.model is not None or not (own / RUN).exists()  # trained here, or not written by who trained it
+        if processes.gathered(new)[0]:
+            with processes.agreed():
+                model = cell.trained_model() if saves else None
+            weights = None if model is None else whole_weights(model)
+
+            def write() -> None:
+                if model is not None:
+                    save_model(model, self.setup.tokenizer, own / "model", weights)
+                write_predictions(progress, own / PREDICTIONS)
+                left = [own / PREDICTIONS, *(file for file in (own / "model").rglob("*") if file.is_file())]
+                write_record(own / RUN, record_of(cell, progress, selection) | {"files": listing(own, left)})
+
+            processes.by_first(write)
+        if saves and not (own / "model").is_dir():
             self.say(f"notice: {own} was finished without --save_models; remove it to train that model again")
 
     def _tell(self, line: str) -> None:

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from lorica.config import UpdateConfig
 from lorica.data.encoder import Encoded
 from lorica.forecast.dry_run import Batch
-from lorica.inputs import Inputs
+from lorica.inputs import Inputs, asked_of
 from lorica.training.models import load_tokenizer, position_limit
 
 
@@ -27,6 +27,7 @@ class Batches:
         steps: of the whole run; None where neither data nor max_steps tells.
         scored: the largest batch of the rows that are scored before and after; None where none are.
         notes: what was assumed.
+        prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
     """
 
     worst: Batch
@@ -34,6 +35,7 @@ class Batches:
     steps: int | None
     scored: Batch | None
     notes: list[str]
+    prompt: int = 0
 
 
 def batches_of(
@@ -51,10 +53,11 @@ def batches_of(
         inputs = Inputs(settings, load_tokenizer(settings), seq2seq=seq2seq, position_limit=limit)
     if inputs is None:
         length = min(settings.max_length, limit or settings.max_length)
+        prompts = asked_of(settings, seq2seq=seq2seq, max_length=length)
         whole = Batch(size, length, length if seq2seq else None)
         whole = _flat(settings, size * length) if settings.padding_free else whole
         note = f"no data given: every batch is taken to be {size} rows of {length} tokens"
-        return Batches(whole, whole, most, None, [note])
+        return Batches(whole, whole, most, None, [note], _longest(prompts))
     rows = inputs.train.examples
     size = min(size, len(rows))
     if settings.padding_free:
@@ -70,7 +73,12 @@ def batches_of(
         steps=most or math.ceil(per_epoch * arguments.num_train_epochs),
         scored=_largest(held_out, arguments.per_device_eval_batch_size, seq2seq) if held_out else None,
         notes=[],
+        prompt=_longest(inputs.prompts),
     )
+
+
+def _longest(prompts: Sequence[Sequence[int]] | None) -> int:
+    return max(map(len, prompts or []), default=0)
 
 
 def _flat(settings: UpdateConfig, tokens: float) -> Batch:

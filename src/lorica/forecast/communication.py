@@ -66,10 +66,22 @@ def _basis(weight_DS: torch.Tensor, k: int, derived: bool) -> Basis:
 
 
 class Layer(NamedTuple):
-    """A protected layer: bytes of a number of its weight, and the ways to make its core's gradient together."""
+    """A protected layer.
+
+    Attributes:
+        width: bytes of a number of its weight.
+        ways: to make its core's gradient together.
+        size: numbers of its weight.
+    """
 
     width: int
     ways: tuple[Exchange, ...]
+    size: int = 0
+
+    @property
+    def owned(self) -> int:
+        """Bytes of W0 and of the bases, as their owner keeps them."""
+        return self.width * self.size + _CORE * self.ways[0].lent
 
     def cheapest(self, shards: int) -> Exchange:
         """Return the way that R processes go, in bytes."""
@@ -130,7 +142,7 @@ class Sizes:
             folded=weight * blocks * unit,
             cores=_CORE * blocks * sum(matrix.core for matrix in block),
             bases=_CORE * blocks * sum(matrix.bases for matrix in block),
-            layers=blocks * tuple(Layer(weight, exchanges(*matrix.sides)) for matrix in block),
+            layers=blocks * tuple(Layer(weight, exchanges(*matrix.sides), matrix.m * matrix.n) for matrix in block),
         )
 
 
@@ -155,7 +167,9 @@ def sizes_of(model: nn.Module, units: Sequence[nn.Module]) -> Sizes:
         folded=sum(layer.matrix.nbytes for layer in layers),
         cores=sum(layer.core.nbytes for layer in layers),
         bases=sum(part.nbytes for layer in layers for side in layer.exact_bases for part in side.buffers()),
-        layers=tuple(Layer(layer.matrix.itemsize, exchanges(*layer.exact_bases)) for layer in layers),
+        layers=tuple(
+            Layer(layer.matrix.itemsize, exchanges(*layer.exact_bases), layer.matrix.numel()) for layer in layers
+        ),
     )
 
 
@@ -180,10 +194,12 @@ class Layout:
     Attributes:
         shards: R, the processes that its tensors are sharded over.
         replicas: D, how often the sharded model is there.
+        offload: whether the parts rest on the host, from where they come to the device to be used.
     """
 
     shards: int
     replicas: int = 1
+    offload: bool = False
 
     @property
     def devices(self) -> int:

@@ -39,14 +39,28 @@ def gathered(sizes: Sizes, shards: int) -> int:
     return sizes.kept + 2 * sizes.unit + gradients + max((way.lent + way.reduced for way in ways), default=0)
 
 
+def on_their_way(sizes: Sizes, shards: int) -> int:
+    """Return the bytes of what an offload brings from the host for a while: parts of units, and a layer to fold."""
+    return -(-2 * sizes.unit // shards) + max((layer.owned for layer in sizes.layers), default=0)
+
+
+def _at_rest_on_host(phase: Phase) -> Phase:
+    """Return a phase in which the host holds what is spread; while it is loaded it passes through the device."""
+    if phase.name == "load":
+        return phase
+    moved = {kind: nbytes for kind, nbytes in phase.device.items() if kind in SPREAD}
+    device = {kind: nbytes for kind, nbytes in phase.device.items() if kind not in moved}
+    return Phase(phase.name, device, dict(Counter(phase.host) + Counter(moved)))
+
+
 @dataclass(frozen=True)
 class Share:
     """What each of several devices takes.
 
     Attributes:
         layout: in words.
-        phases: memory in each phase of the run.
-        received: bytes in each step, by kind.
+        phases: memory in each phase of the run; of the host what this process takes there.
+        received: bytes in each step from other devices, by kind.
     """
 
     layout: str
@@ -62,11 +76,17 @@ class Share:
     def device_bytes(self) -> int:
         return sum(self.peak.device.values())
 
+    @property
+    def host_bytes(self) -> int:
+        """The most on the host beside a GPU."""
+        return max(sum(phase.host.values()) for phase in self.phases)
+
     def to_json(self) -> dict[str, Any]:
         return {
             "layout": self.layout,
             "peak_phase": self.peak.name,
             "device_bytes": self.device_bytes,
+            "host_bytes": self.host_bytes,
             "phases": [phase.to_json() for phase in self.phases],
             "received_bytes": dict(self.received),
         }
@@ -84,7 +104,12 @@ def shares(phases: Sequence[Phase], sizes: Sizes, layout: Layout, accumulation: 
     found = [Share(f"DDP on {devices}", _with(phases, 1, buckets), received_replicated(sizes, devices))]
     if layout.shards > 1:
         words = f"sharded over {layout.shards}" + (f", {layout.replicas} replicas" if layout.replicas > 1 else "")
-        parts = _with(phases, layout.shards, {GATHERED: gathered(sizes, layout.shards)})
+        whole = gathered(sizes, layout.shards)
+        if layout.offload:
+            words, whole = f"{words}, offloaded", whole + on_their_way(sizes, layout.shards)
+        parts = _with(phases, layout.shards, {GATHERED: whole})
+        if layout.offload:
+            parts = [_at_rest_on_host(phase) for phase in parts]
         found.append(Share(words, parts, received_sharded(sizes, layout, accumulation)))
     return found
 

@@ -65,8 +65,11 @@ def weight_dtype(config: UpdateConfig, model_config: Any) -> torch.dtype:
     return dtype
 
 
-def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
+def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0) -> Method:
     """Prepare a blank model as the method of an update would, and return the method.
+
+    Args:
+        prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
 
     Raises:
         LoricaError: the method needs more than shapes, or what it is told does not fit the model.
@@ -86,7 +89,7 @@ def begin(model: Any, config: UpdateConfig, task: TaskData) -> Method:
     method = build_method(config.method, given, config.method_options)
     method.begin_task(model, task)
     if isinstance(method, OSFT) and config.rehearse:
-        method.rehearsal = Rehearsal.blank(model, config.rehearse)
+        method.rehearsal = Rehearsal.blank(model, config.rehearse, prompt)
     return method
 
 
@@ -97,7 +100,9 @@ def _check_options(config: UpdateConfig) -> None:
         LoricaError: with the option.
     """
     told = {f.name: getattr(config, f.name) for f in fields(Protection) if hasattr(config, f.name)}
-    checked_options(Protection, {name: value for name, value in told.items() if name != "calibration"})
+    told["calibration"] = [] if config.calibration_file else config.calibration
+    told["prompts"] = [] if config.prompts_file else None
+    checked_options(Protection, told)
     if config.plan_file:
         return
     constraint = config.constraint or default_constraint(config.source)
@@ -148,11 +153,22 @@ def _amount(config: UpdateConfig, index: int) -> dict[str, Any]:
 
 def assumptions(config: UpdateConfig) -> list[str]:
     """Return, in words, what ``begin`` had to assume."""
+    of_zero = "deepspeed: all of the optimizer's states are counted in each process, as under DDP"
+    lines = [of_zero] if config.training.get("deepspeed") else []
     if config.method != "osft":
-        return []
-    lines = [] if config.plan_file else _assumed_of_plan(config)
+        return lines
+    lines += [] if config.plan_file else _assumed_of_plan(config)
     if config.rehearse:
-        lines.append("rehearse: texts of full length; what it takes to write them before the training is not counted")
+        longest = ", each with the longest prompt" if config.prompts_file else ""
+        lines.append(
+            f"rehearse: texts of full length{longest}; what it takes to write them before the training is not counted"
+        )
+    if config.predict_forgetting:
+        lines.append(
+            "predict_forgetting: what it takes is not counted: before the training about 41,000 tokens of the model's "
+            "own text to be written and a forward and backward pass over them, after it one over 8,000; on the host at "
+            "most the size of the weights"
+        )
     return lines
 
 

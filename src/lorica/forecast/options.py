@@ -52,6 +52,10 @@ class ForecastConfig(UpdateConfig):
     replicas: int = Field(default=1, ge=1)
     """How many copies of the sharded model there are, which only average gradients; it has to divide --devices."""
 
+    measure: bool = False
+    """Load the model besides, calibrate as training would, and tell how much of what the model is sensitive to the
+    plan protects, beside source weight; for method osft."""
+
     @field_validator("device_memory", mode="before")
     @classmethod
     def _size(cls, value: Any) -> Any:

@@ -120,7 +120,7 @@ class Forecast:
     def table(self) -> str:
         """Return the forecast as text: one column for each way of training."""
         rows = self._rows() + [row for i in range(len(self.ways[0].shares)) for row in self._rows_of_share(i)]
-        lines = [self._head(), "", *_columns(rows, [way.label for way in self.ways]), "", self._verdict()]
+        lines = [self._head(), "", *columns(rows, [way.label for way in self.ways]), "", self._verdict()]
         return "\n".join([*lines, *self._shares(), *(f"assumed: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
@@ -159,6 +159,8 @@ class Forecast:
         rows = [(f"{shares[0].layout}: memory of each", [f"in {share.peak.name}" for share in shares])]
         rows += _by_kind([share.peak.device for share in shares])
         rows.append(("  sum", [size(share.device_bytes) for share in shares]))
+        if self.machine.device != "cpu":
+            rows.append(("  on the host", [size(share.host_bytes) for share in shares]))
         rows.append(("  received in each step", [_size_of(sum(share.received.values())) for share in shares]))
         there = [kind for kind in TRAFFIC if any(share.received.get(kind) for share in shares)]
         return rows + [(f"    {kind}", [_size_of(share.received.get(kind, 0)) for share in shares]) for kind in there]
@@ -201,7 +203,8 @@ def _phase_sum(way: Way, name: str) -> int:
     return next(sum(phase.device.values()) for phase in way.phases if phase.name == name)
 
 
-def _columns(rows: list[tuple[str, list[str]]], labels: list[str]) -> list[str]:
+def columns(rows: list[tuple[str, list[str]]], labels: list[str]) -> list[str]:
+    """Return a table of text: a name and then cells in each row, under labels."""
     table = [("", labels), *rows]
     first = max(len(name) for name, _ in table)
     widths = [max(len(cells[i]) for _, cells in table) for i in range(len(labels))]

@@ -37,7 +37,9 @@ from lorica.inputs import Inputs
 from lorica.lineage import read_lineage
 from lorica.methods import METHODS, TaskData
 from lorica.training.arguments import training_arguments
+from lorica.training.deepspeed import undivided
 from lorica.training.models import load_model_config, model_width, pinned
+from lorica.training.sharding import offloads
 
 RATIOS = [round(0.05 * i, 2) for i in range(1, 20)]
 """Free shares that are tried for a memory, which they need more and more of. 1 is not one of them: plain fine-tuning
@@ -122,7 +124,7 @@ class _Run:
         self.settings = settings
         self.model_config = load_model_config(settings)
         self.arguments = training_arguments(
-            settings.training, settings.output_dir, hidden_size=model_width(self.model_config),
+            undivided(settings.training), settings.output_dir, hidden_size=model_width(self.model_config),
             seq2seq=bool(self.model_config.is_encoder_decoder),
             learning_rate_scale=METHODS[settings.method].learning_rate_scale,
             optimizer_in_backward=settings.optimizer_in_backward, padding_free=settings.padding_free,
@@ -131,7 +133,8 @@ class _Run:
         self.machine = machine or this_machine(self.arguments.device.type)
         self.index = read_lineage(settings.model_name_or_path).updates
         self.batches = batches_of(settings, self.arguments, self.model_config, inputs)
-        self.layout, self.in_parts = layout or _layout(settings), layout is not None
+        self.layout = layout or _layout(settings, self.machine)
+        self.in_parts = layout is not None
 
     def way(self, settings: UpdateConfig) -> Way:
         """Return what one way of training needs."""
@@ -165,7 +168,7 @@ class _Run:
     def _dry(self, settings: UpdateConfig, batch: Batch) -> Any:
         model = blank_model(settings, self.model_config)
         task = TaskData("forecast", self.index, self.index + 1, [], dict, self.arguments.seed)  # type: ignore[arg-type]
-        method = begin(model, settings, task)
+        method = begin(model, settings, task, self.batches.prompt)
         in_backward = settings.optimizer_in_backward
         return model, dry_step(model, method, batch, self.arguments, self.machine.device, in_backward=in_backward)
 
@@ -206,9 +209,10 @@ def _check_no_compiler(arguments: TrainingArguments) -> None:
         )
 
 
-def _layout(settings: UpdateConfig) -> Layout:
+def _layout(settings: UpdateConfig, machine: Machine) -> Layout:
     if isinstance(settings, ForecastConfig):
-        return Layout(settings.devices // settings.replicas, settings.replicas)
+        offload = machine.device != "cpu" and offloads(settings.training)
+        return Layout(settings.devices // settings.replicas, settings.replicas, offload)
     return Layout(1)
 
 

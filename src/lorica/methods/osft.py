@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -19,19 +20,23 @@ from lorica.constrain.protect import bases_of, protect, protected_layers, protec
 from lorica.constrain.sharded_audit import audit_sharded
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress, Protection, scheduled_share
-from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal
+from lorica.methods.forgetting import Change, Foresight
+from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal, instead, prompt_loss
 from lorica.methods.task import TaskData
-from lorica.subspace.calibration import Batch, is_causal, own_text
+from lorica.subspace.answers import own_answers
+from lorica.subspace.calibration import Batch, decodes, is_causal, own_text
 from lorica.subspace.learned import LearnedDirections
 from lorica.subspace.measure import Wanted, measure
 from lorica.subspace.memory import FactorMemory, memory_rank
-from lorica.subspace.plan import MEASURED, Plan
+from lorica.subspace.plan import MEASURED, Plan, PlanEntry
 from lorica.subspace.sources import Protected
 
 LEARNED, TASKS = "learned.", "tasks."
 """What the names in the state begin with."""
 
-_BESIDE_A_PLAN = ("plan", "protect_learned", "rehearse", "rehearse_weight", "memory_mode")
+_REHEARSING = ("prompts", "rehearse", "rehearse_weight", "rehearse_tokens", "rehearse_prompts")
+
+_BESIDE_A_PLAN = ("plan", "protect_learned", *_REHEARSING, "memory_mode", "predict_forgetting")
 """Options that are no part of what a finished plan says."""
 
 _NOT_PLANNED = (*_BESIDE_A_PLAN, "remember_tasks", "remember_rows", "remember_size", "rank_schedule")
@@ -74,37 +79,65 @@ class OSFT(Method):
         self._constraints: dict[nn.Parameter, WeightConstraint] | None = None
         self._before: dict[str, Tensor] = {}
         self.rehearsal: Rehearsal | None = None
+        self._foresight: Foresight | None = None
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
-        texts = None
-        if self.protection.rehearse:
-            texts = self._rehearse(model, task.seed + task.index)
+        texts = self._written(model, task.seed + task.index)
         self.plan = self._plan(model, task.index, texts)
+        self.forgetting = None
+        if self.protection.predict_forgetting:
+            self._foresight = Foresight.of(model, self.plan.entries, task.seed + task.index)
         if any(entry.constraint == "block" for entry in self.plan.entries):
             if self.protection.memory_mode != "fast":
                 raise LoricaError("memory_mode 'lean' has no effect with constraint 'block', which the optimizer holds")
             self._constraints = block_constraints(model, self.plan, self.kept)
         else:
             protect(model, self.plan, memory=self.protection.memory_mode, progress=progress, kept=self.kept)
-        if self._constraints is not None or self.protection.protect_learned:
+        if self._constraints is not None or self.protection.protect_learned or self._foresight is not None:
             dense = [name for name in self.plan.names() if name not in protected_layers(model)]
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in dense}
         self._count_learned(model)
 
-    def _rehearse(self, model: nn.Module, seed: int) -> list[dict[str, Tensor]]:
-        """Let the plain model write what is to be rehearsed, and return it."""
-        if processes.in_step(model):
-            raise LoricaError(
-                f"{NEEDED_BY}: processes that share a model would write texts of several lengths and then wait for "
-                f"each other; {INSTEAD}"
-            )
-        texts = own_text(model, seed=seed, needed_by=NEEDED_BY, instead=INSTEAD)
+    def _written(self, model: nn.Module, seed: int) -> list[dict[str, Tensor]] | None:
+        """Let the plain model write what is to be rehearsed and what calibrates; return the latter, if it wrote it."""
         asked = self.protection
-        self.rehearsal = Rehearsal.of(model, texts, asked.rehearse, asked.rehearse_weight)
-        return texts
+        if (asked.rehearse or asked.prompts) and processes.in_step(model):
+            raise LoricaError(
+                f"{NEEDED_BY if asked.rehearse else 'prompts_file'}: processes that share a model would write texts of "
+                f"several lengths and then wait for each other; {INSTEAD}"
+            )
+        if asked.rehearse_prompts and decodes(model):
+            raise LoricaError(
+                "rehearse_prompts is for causal models; an encoder-decoder writes no prompts: leave it out"
+            )
+        if asked.rehearse:
+            return self._rehearse(model, seed)
+        return own_answers(model, asked.prompts, seed=seed) if asked.prompts and self.kept is None else None
+
+    def _rehearse(self, model: nn.Module, seed: int) -> list[dict[str, Tensor]]:
+        """Let the plain model write what is to be rehearsed, and return of it what calibrates."""
+        asked, total = self.protection, self.protection.rehearse_tokens
+        answers, texts, part = [], [], 0
+        if asked.prompts:
+            part = total if decodes(model) else total // 2
+            answers = own_answers(model, asked.prompts, tokens=part, seed=seed)
+        if part < total:
+            texts = own_text(model, tokens=total - part, seed=seed, needed_by=NEEDED_BY, instead=instead(model))
+        self.rehearsal = Rehearsal.of(model, [*texts, *answers], asked.rehearse, asked.rehearse_weight)
+        return answers or texts
 
     def penalty(self, model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
-        return None if self.rehearsal is None else self.rehearsal.penalty(model, inputs)
+        if self.rehearsal is None:
+            return None
+        held, weight = self.rehearsal.penalty(model, inputs), self.protection.rehearse_prompts
+        return held + weight * prompt_loss(inputs, logits) if weight else held
+
+    def training_state(self) -> Any:
+        return None if self.rehearsal is None else {"drawn": self.rehearsal.drawn}
+
+    def load_training_state(self, state: Any) -> None:
+        if self.rehearsal is not None:
+            self.rehearsal.drawn = state["drawn"]
 
     def _plan(self, model: nn.Module, index: int, texts: Sequence[Batch] | None) -> Plan:
         """Return the plan of a task: as the options say, or as it was kept, with what finished tasks left behind.
@@ -128,7 +161,7 @@ class OSFT(Method):
             options["effective_rank"] = scheduled_share(asked.rank_schedule, index)
         calibrates = asked.source in MEASURED or asked.ranks == "importance"
         if calibrates and asked.calibration is None:
-            options["calibration"] = _default_calibration(model)
+            options["calibration"] = "self" if asked.prompts else default_calibration(model)
         if calibrates and texts is not None and options["calibration"] == "self":
             options["calibration"] = texts
         return options | ({"earlier": self.tasks.factors} if self.tasks else {})
@@ -202,12 +235,37 @@ class OSFT(Method):
 
     def end_task(self, model: nn.Module, task: TaskData) -> None:
         assert self.plan is not None
+        if self._foresight is not None:
+            self.forgetting = self._foresight.outcome(model, self._changes(model))
         if self.protection.protect_learned:
             self._remember_changes(model)
         release(model)
         if self.protection.remember_tasks:
             self._remember_task(model, list(task.batches(self.protection.remember_rows)))
-        self._constraints, self._before, self.rehearsal = None, {}, None
+        self._constraints, self._before, self.rehearsal, self._foresight = None, {}, None, None
+
+    def protected(self, model: nn.Module) -> Iterator[tuple[PlanEntry, Protected]]:
+        """Yield each entry of the task's plan with the directions that are protected, also as learned before."""
+        assert self.plan is not None
+        layers = protected_layers(model)
+        for entry in self.plan.entries:
+            block = self._block(model, entry.name)
+            if entry.name in layers:
+                yield entry, protected_of(layers[entry.name])
+            elif block is not None:
+                yield entry, Protected(block.u.double(), block.v.double())
+            else:
+                yield entry, Protected(*(torch.zeros(size, 0, dtype=torch.float64) for size in entry.shape))
+
+    def _changes(self, model: nn.Module) -> Iterator[Change]:
+        layers = protected_layers(model)
+        for entry, directions in self.protected(model):
+            layer = layers.get(entry.name)
+            if layer is not None:
+                layer.refresh()
+            before = self._before[entry.name] if layer is None else layer.base
+            after = matrix_of(model.get_submodule(entry.name)) if layer is None else layer.matrix
+            yield Change(entry, before, after.detach(), directions)
 
     def _remember_changes(self, model: nn.Module) -> None:
         for name, layer in protected_layers(model).items():
@@ -260,7 +318,7 @@ def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _default_calibration(model: nn.Module) -> str | None:
+def default_calibration(model: nn.Module) -> str | None:
     """Return "self" for models that continue a text by themselves, "random" for the other Hugging Face models."""
     if getattr(model, "config", None) is None:
         return None

@@ -7,6 +7,7 @@ import math
 from lorica.report.chain import SCORE, Chain, retained, stem
 from lorica.report.charts import Series, heat_map, line_chart
 from lorica.report.curves import matrix_table
+from lorica.report.foreseen import Foreseen, foreseen_section
 from lorica.report.parts import (
     Entry,
     Figure,
@@ -35,6 +36,7 @@ def chain_part(chain: Chain) -> Part:
         _held_out_section(chain),
         plan_section(entries[-1:]),
         leakage_section(entries[-1:]),
+        foreseen_section([Foreseen(one, "", found) for one in entries if (found := one.record.predicted_forgetting)]),
         cost_section(entries),
         rerun_section(entries),
     ]

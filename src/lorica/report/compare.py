@@ -8,6 +8,7 @@ from dataclasses import replace
 from lorica.report.abilities import abilities_section
 from lorica.report.answers import answers
 from lorica.report.curves import curves_section, fading_section, matrix_section
+from lorica.report.foreseen import Foreseen, foreseen_section
 from lorica.report.ledger import (
     costs_section,
     leaks_section,
@@ -81,6 +82,7 @@ def compare_part(runs: Sequence[RunRecord]) -> Part:
         plan_section([one.entry() for one in methods]),
         spectra_section([one.entry() for one in methods]),
         leaks_section(methods),
+        foreseen_section(_foreseen(methods)),
         costs_section(methods),
         rows_section(methods),
         settings_section(methods),
@@ -96,6 +98,16 @@ def ranked(methods: Sequence[MethodRuns]) -> list[MethodRuns]:
     ends = {one.index: found.mean if (found := one.estimate(at_end)) else -1.0 for one in methods}
     order = sorted(methods, key=lambda one: -ends[one.index])
     return [replace(one, index=index) for index, one in enumerate(order)]
+
+
+def _foreseen(methods: Sequence[MethodRuns]) -> list[Foreseen]:
+    """Return what was foreseen of every task of every run."""
+    return [
+        Foreseen(one.entry(), ", ".join(filter(None, (found.task, cell.order, f"seed {cell.seed}"))), found)
+        for one in methods
+        for cell in one.cells
+        for found in cell.predicted_forgetting
+    ]
 
 
 def _lead(methods: Sequence[MethodRuns]) -> str:

@@ -7,15 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from lorica.report.records import Count, Number, PlanEntry, Spectrum, Values, _Part, _Record
-
-
-class EnergyShares(_Part):
-    """Share of the energy of a layer's inputs in as many directions: protected, random, the best there are."""
-
-    protected: Number
-    random: Number
-    best: Number
+from lorica.report.records import Count, EnergyShares, Number, PlanEntry, Spectrum, Values, _Part, _Record
 
 
 class InspectedLayer(PlanEntry):

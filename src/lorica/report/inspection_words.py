@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorica.report.charts import short_name
-from lorica.report.inspection_record import EnergyShares, InspectedLayer, InspectionRecord, Intervention
+from lorica.report.inspection_record import InspectedLayer, InspectionRecord, Intervention
 from lorica.report.parts import Fact
+from lorica.report.records import EnergyShares
 from lorica.report.tables import Table, percent
 from lorica.units import MISSING
 

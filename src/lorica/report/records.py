@@ -82,6 +82,33 @@ class Leak(_Part):
     spectrum: Spectrum | None = None
 
 
+class EnergyShares(_Part):
+    """Share of the energy of one side in as many directions: protected, random, the best there are."""
+
+    protected: Number
+    random: Number
+    best: Number
+
+
+class ProtectedShares(_Part):
+    """Mean over the weights, of inputs and of output gradients; ``expected``: forgetting over that of no protection."""
+
+    inputs: EnergyShares | None = None
+    outputs: EnergyShares | None = None
+    expected: Number | None = None
+
+
+class PredictedForgetting(_Part):
+    """How far a training was expected to move the model's predictions, and how far it did, in nats per token."""
+
+    task: str = ""
+    predicted: Number | None = None
+    measured: Number | None = None
+    tokens: Count | None = None
+    by_kind: Values = {}
+    shares: ProtectedShares = ProtectedShares()
+
+
 class LossPoint(_Part):
     """Training loss at one optimizer step; null where it was no number."""
 
@@ -110,6 +137,7 @@ class Data(_Part):
     train: dict[str, Any] = {}
     eval: dict[str, Any] | None = None
     retention: dict[str, dict[str, Any]] = {}
+    prompts: dict[str, Any] = {}
 
 
 class _Record(_Part):
@@ -188,6 +216,7 @@ class RunRecord(_Record):
     floors: dict[str, Number] = {}
     carried_bytes: list[Count] = []
     worst_leakage: list[Number | None] = []
+    predicted_forgetting: list[PredictedForgetting] = []
     data: dict[str, Any] = {}
     config: dict[str, Any] = {}
 
@@ -253,6 +282,7 @@ class TrainRecord(_Record):
     parent: Parent = Parent()
     weights_sha256: str | None = None
     carried_bytes: Count | None = None
+    predicted_forgetting: PredictedForgetting | None = None
     rejected: dict[str, Number] = {}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -107,11 +107,11 @@ class Scale:
         return cls(low, high, start, end, ticks) if whole else cls(ticks[0], ticks[-1], start, end, ticks)
 
 
-def axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[Markup]:
-    """Return thin horizontal grid lines, tick labels, and a title at each axis."""
+def axes(x: Scale, y: Scale, x_title: str, y_title: str, told: Callable[[float], str] = "{:g}".format) -> list[Markup]:
+    """Return thin horizontal grid lines, tick labels as ``told`` writes them, and a title at each axis."""
     grid = [line(x.start, y(tick), x.end, y(tick), "grid") for tick in y.ticks]
-    y_labels = [text(x.start - 10, y(tick) + 4, f"{tick:g}", "end", "tick") for tick in y.ticks]
-    x_labels = [text(x(tick), y.start + 20, f"{tick:g}", "middle", "tick") for tick in x.ticks]
+    y_labels = [text(x.start - 10, y(tick) + 4, told(tick), "end", "tick") for tick in y.ticks]
+    x_labels = [text(x(tick), y.start + 20, told(tick), "middle", "tick") for tick in x.ticks]
     base = line(x.start, y.start, x.end, y.start, "axis")
     titles = [
         text(x.start - 10, y.end - 14, y_title, "start", "axis-title"),

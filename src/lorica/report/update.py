@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lorica.report.charts import Series, line_chart
+from lorica.report.foreseen import Foreseen, foreseen_section
 from lorica.report.parts import (
     Card,
     Entry,
@@ -38,6 +39,7 @@ def update_part(record: TrainRecord) -> Part:
         plan_section([entry]),
         spectra_section([entry]),
         leakage_section([entry]),
+        foreseen_section([Foreseen(entry, "", found)] if (found := record.predicted_forgetting) else []),
         cost_section([entry]),
         rerun_section([entry]),
     ]
@@ -112,7 +114,9 @@ def _loss_section(entry: Entry[TrainRecord]) -> Section | None:
 def _data_section(record: TrainRecord) -> Section | None:
     data = record.data
     rows = flattened({name: value for name, value in data.train.items() if value not in (0, "", [])})
-    others = {"new data, scored": data.eval or {}} | {f"held out {name}": file for name, file in data.retention.items()}
+    others = {"new data, scored": data.eval or {}, "prompts answered before": data.prompts} | {
+        f"held out {name}": file for name, file in data.retention.items()
+    }
     for name, file in others.items():
         told = {"path": file.get("path"), "rows": file.get("kept"), "sha256": file.get("sha256")}
         rows += flattened(told, f"{name}: ")

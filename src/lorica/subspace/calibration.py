@@ -16,6 +16,9 @@ Batch = Mapping[str, Tensor]
 LENGTH = 64
 """Tokens of a text that a model writes, at most."""
 
+TOKENS = 32_768
+"""Tokens that a model writes, where nobody says how many."""
+
 
 def random_tokens(
     vocabulary: int,
@@ -43,7 +46,7 @@ def random_tokens(
 def own_text(
     model: Any,
     *,
-    tokens: int = 32_768,
+    tokens: int = TOKENS,
     length: int = LENGTH,
     batch_size: int = 64,
     seed: int = 0,
@@ -67,16 +70,17 @@ def own_text(
         LoricaError: the model does not continue a text by itself, or has neither BOS nor EOS to begin with.
     """
     start = first_token(model, needed_by, instead)
-    ends = _known(model, model.generation_config.eos_token_id)
+    ends = end_tokens(model)
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     device = next(model.parameters()).device
     batches: list[dict[str, Tensor]] = []
     rows, counted = batch_size, 0
-    with evaluating(model), _sampling(model, ends, start, length), _own_random(device, seed):
+    with evaluating(model), sampling(model, ends, start, length - 1), own_random(device, seed):
         while counted < tokens:
             first = torch.full((rows, 1), start, device=device)
             ids = model.generate(first, attention_mask=torch.ones_like(first))
-            batches.append({"input_ids": ids, "attention_mask": _until_end(ids, ends)})
+            mask = torch.cat([torch.ones_like(first), until_end(ids[:, 1:], ends)], dim=1)  # a text may begin with EOS
+            batches.append({"input_ids": ids, "attention_mask": mask})
             found = int(batches[-1]["attention_mask"].sum())
             counted += found
             rows = max(1, min(batch_size * length, tokens - counted) * rows // found)
@@ -91,7 +95,7 @@ def first_token(model: Any, needed_by: str, instead: str) -> int:
     """
     if not is_causal(model):
         raise LoricaError(f"{needed_by} is for causal models, which write text by themselves; {instead}")
-    tokens = _known(model, model.config.bos_token_id) + _known(model, model.generation_config.eos_token_id)
+    tokens = _known(model, model.config.bos_token_id) + end_tokens(model)
     if not tokens:
         raise LoricaError(
             f"{needed_by} needs a model with a bos_token_id or eos_token_id in its vocabulary to begin at; {instead}"
@@ -99,10 +103,25 @@ def first_token(model: Any, needed_by: str, instead: str) -> int:
     return tokens[0]
 
 
+def end_tokens(model: Any) -> list[int]:
+    """Return the tokens of the model's vocabulary that end a text; there may be none."""
+    return _known(model, model.generation_config.eos_token_id)
+
+
 def is_causal(model: Any) -> bool:
     """Return whether a model continues a text by itself: it generates, and is no encoder-decoder."""
-    generates = getattr(model, "can_generate", None)
-    return callable(generates) and generates() and not getattr(model.config, "is_encoder_decoder", False)
+    return generates(model) and not decodes(model)
+
+
+def generates(model: Any) -> bool:
+    """Return whether a model writes text, of itself or as an answer."""
+    can = getattr(model, "can_generate", None)
+    return callable(can) and bool(can())
+
+
+def decodes(model: Any) -> bool:
+    """Return whether a model is an encoder-decoder, which reads on one side and writes on the other."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 @contextmanager
@@ -118,12 +137,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _sampling(model: Any, ends: list[int], start: int, length: int) -> Iterator[None]:
-    """Exchange the model's generation configuration, from which ``generate`` fills in whatever it is not told."""
+def sampling(model: Any, ends: list[int], other: int, new_tokens: int) -> Iterator[None]:
+    """Exchange the model's generation configuration, from which ``generate`` fills in whatever it is not told.
+
+    Args:
+        ends: tokens that end a text.
+        other: pads where there are none.
+        new_tokens: are written at most.
+    """
     own = model.generation_config
     model.generation_config = type(own)(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=length - 1,
-        eos_token_id=ends or None, pad_token_id=ends[0] if ends else start, use_cache=True,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=new_tokens,
+        eos_token_id=ends or None, pad_token_id=ends[0] if ends else other, use_cache=True,
+        decoder_start_token_id=own.decoder_start_token_id,
     )  # fmt: skip
     try:
         yield
@@ -132,17 +158,16 @@ def _sampling(model: Any, ends: list[int], start: int, length: int) -> Iterator[
 
 
 @contextmanager
-def _own_random(device: torch.device, seed: int) -> Iterator[None]:
+def own_random(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the random generators; afterwards those of the process and of this device are as before."""
     with torch.random.fork_rng([device] if device.type in ("cuda", "xpu") else []):
         torch.manual_seed(seed)
         yield
 
 
-def _until_end(ids: Tensor, ends: list[int]) -> Tensor:
-    """Return 1 up to and including the first of ``ends`` that a sequence wrote, 0 after it."""
-    ended = torch.isin(ids, torch.tensor(ends, dtype=ids.dtype, device=ids.device)).long()
-    ended[:, 0] = 0  # a text may begin with EOS
+def until_end(written: Tensor, ends: list[int]) -> Tensor:
+    """Return 1 up to and including the first of ``ends`` in a sequence, 0 after it."""
+    ended = torch.isin(written, torch.tensor(ends, dtype=written.dtype, device=written.device)).long()
     return (ended.cumsum(1) - ended == 0).long()
 
 

@@ -97,7 +97,7 @@ class Factor:
 
     def plus(self, other: Factor, rank: int) -> Factor:
         """Return the factor of the sum of both, cut to ``rank`` directions; the sum of the traces stays."""
-        excess = [one._above_floor() for one in (self, other)]
+        excess = [one.above_floor() for one in (self, other)]
         thin_DR, _ = top_pairs(torch.cat([excess[0], excess[1].to(excess[0])], dim=1), rank)
         vectors_DR = torch.linalg.qr(thin_DR)[0]  # the small ones of top_pairs are orthogonal to 1e-4 only
         energies_R = thin_DR.square().sum(0) + self.floor + other.floor
@@ -111,9 +111,9 @@ class Factor:
         energies = torch.cat([self.energies_R, self.energies_R.new_full((missing,), self.floor)])
         return Factor(self.directions(rank), energies, self.floor)
 
-    def _above_floor(self) -> Tensor:
-        """Return F (D x R) of ``A = F F^T + floor I``."""
-        directions = self.directions(len(self.energies_R))
+    def above_floor(self, device: torch.device | None = None) -> Tensor:
+        """Return F (D x R, float64) of ``A = F F^T + floor I``."""
+        directions = self.directions(len(self.energies_R), device)
         return directions * (self.energies_R - self.floor).clamp_min(0).sqrt().to(directions.device)
 
     def matrix(self) -> Tensor:

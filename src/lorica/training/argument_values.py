@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 from transformers import TrainingArguments
 
 from lorica import processes
 from lorica.errors import LoricaError
-
-SHARDED = "lorica train --fsdp full_shard shards the model, see docs/distributed.md"
-"""What to do instead of asking a launcher for a sharded model."""
 
 
 def check_values(arguments: TrainingArguments, given: dict[str, Any]) -> None:
@@ -57,12 +53,3 @@ def _check_shares(arguments: TrainingArguments) -> None:
         raise LoricaError(
             "--train_sampling_strategy group_by_length: each process would draw an order of its own; leave it out"
         )
-
-
-def check_launcher() -> None:
-    """Refuse processes that nobody waits for, and settings of a launcher that would be ignored."""
-    if processes.launched() > processes.size():
-        raise LoricaError(processes.alone("this"))
-    for engine in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
-            raise LoricaError(f"accelerate's configuration asks for {engine}, which this does not take; {SHARDED}")

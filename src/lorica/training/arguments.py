@@ -17,8 +17,10 @@ from transformers.training_args import OptimizerNames
 from lorica import processes
 from lorica.config import UpdateConfig
 from lorica.errors import LoricaError, did_you_mean
-from lorica.training.argument_values import SHARDED, check_launcher, check_values
+from lorica.training import deepspeed
+from lorica.training.argument_values import check_values
 from lorica.training.in_backward import check_in_backward
+from lorica.training.launcher import check_launcher
 from lorica.training.optimizers import check_optimizer, check_schedule
 from lorica.training.sharding import OPTIONS as SHARDING
 from lorica.training.sharding import check_option
@@ -52,7 +54,6 @@ _TOKEN = "a token would end up in files and in the list of processes; set the en
 
 
 REFUSED = {
-    "deepspeed": f"it takes the weights apart; {SHARDED}",
     "ddp_timeout": "the processes have met before it is read; they wait for each other for six hours",
     "save_on_each_node": "one process writes, and all read it; --output_dir has to be a folder that all nodes see",
     "hub_token": _TOKEN,
@@ -127,6 +128,9 @@ def check_arguments(given: dict[str, Any], *, where: str = "") -> dict[str, Any]
         if name in SHARDING:
             checked[name] = check_option(name, value)
             continue
+        if name == deepspeed.OPTION:
+            checked[name] = deepspeed.check_option(value)
+            continue
         try:
             checked[name] = TypeAdapter(known[name]).validate_python(value)
         except ValidationError as error:
@@ -162,13 +166,18 @@ def training_arguments(
     check_launcher()
     if optimizer_in_backward and processes.size() > 1:
         raise LoricaError("--optimizer_in_backward is for one process: others would not have seen the gradient yet")
-    checked = {name: value for name, value in check_arguments(given).items() if name not in SHARDING}
+    checked = check_arguments(given)
+    if checked.get("fsdp") and checked.get(deepspeed.OPTION):
+        raise LoricaError("--fsdp and --deepspeed: each shares the training out in its own way; give one of them")
+    checked = {name: value for name, value in checked.items() if name not in SHARDING}
     kind = Seq2SeqTrainingArguments if seq2seq else TrainingArguments
     stray = sorted(set(checked) - {f.name for f in fields(kind)})
     if stray:
         raise LoricaError(f"--{stray[0]} is for encoder-decoder models; this model is none")
     if hidden_size is None and "learning_rate" not in checked:
         raise LoricaError("--learning_rate is needed: the model's width, which sets the default, cannot be told")
+    if checked.get(deepspeed.OPTION):
+        deepspeed.check_installed()
     if processes.size() > 1 and not torch.accelerator.is_available():
         checked = {"use_cpu": True} | checked
     rate = {} if hidden_size is None else {"learning_rate": default_learning_rate(hidden_size) * learning_rate_scale}

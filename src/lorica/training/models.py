@@ -19,7 +19,7 @@ from lorica.data.positions import position_limit as position_limit
 from lorica.errors import LoricaError
 from lorica.hub import check_pinned, check_pinned_data, commit_of, is_local
 from lorica.redaction import redacted
-from lorica.training.sharding import Sharding
+from lorica.training.sharding import Sharding, rest_on_host
 from lorica.training.trust import refuse_hub_kernels, refuse_kernels_of, refuse_pickled_weights
 
 _NOT_GENERATIVE = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
@@ -28,7 +28,7 @@ _NOT_GENERATIVE = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassifi
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.spm")
 _WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
-_DATA = ("train_file", "dataset_name", "eval_file", "retention_file", "calibration_file", "task_file")
+_DATA = ("train_file", "dataset_name", "eval_file", "retention_file", "calibration_file", "prompts_file", "task_file")
 
 
 def pinned(options: Any) -> Any:
@@ -166,7 +166,8 @@ def read_model(
         dtype: of the weights; "auto": as they are saved.
         attn_implementation: sdpa, eager, ...; transformers' choice by default.
         allow_pickle: take a folder whose weights are pickles as well; they are read as tensors alone, running no code.
-        sharding: each process reads its own parts of the weights alone, onto the device that is its own.
+        sharding: each process reads its own parts of the weights alone, onto the device that is its own, and from
+            there to the host where it offloads.
 
     Raises:
         LoricaError: no weights, some missing, damaged ones, weights that only pickle could load, an unknown dtype, or
@@ -182,7 +183,11 @@ def read_model(
             f"model {name}: {len(missing)} of its weights are missing, such as {missing[0]}; transformers would fill "
             "them with random numbers. Give the folder of the whole model"
         )
-    return model.to(device) if sharding is None else model
+    if sharding is None:
+        return model.to(device)
+    if sharding.moves:
+        rest_on_host(model)
+    return model
 
 
 def read_weights(

@@ -56,7 +56,7 @@ def make_output_dir(output_dir: str) -> Path:
 
 
 def save_model(model: Any, tokenizer: Any, output_dir: Path, weights: Mapping[str, Tensor] | None = None) -> Listing:
-    """Write a plain model folder, whole or not at all, and return what it consists of.
+    """Write a plain model folder with its tokenizer, whole or not at all, and return what it consists of.
 
     Everything is written into a folder aside first, brought to the disk, and moved from there, file by file, the
     weights last. If anything fails, the files of the same names that were there before are there again, and no new
@@ -72,8 +72,7 @@ def save_model(model: Any, tokenizer: Any, output_dir: Path, weights: Mapping[st
     shutil.rmtree(aside, ignore_errors=True)
     try:
         with writing(output_dir, f"--output_dir {output_dir}: cannot write the model", lambda: stored_bytes(model)):
-            with without_bars(), nullcontext() if weights is None else _plain_configuration(model):
-                model.save_pretrained(aside / "new", max_shard_size=MAX_SHARD, state_dict=weights)
+            write_model(model, aside / "new", weights)
             tokenizer.save_pretrained(aside / "new")
             sync_tree(aside / "new")
             files = listing(aside / "new")
@@ -81,6 +80,12 @@ def save_model(model: Any, tokenizer: Any, output_dir: Path, weights: Mapping[st
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return files
+
+
+def write_model(model: Any, folder: Path, weights: Mapping[str, Tensor] | None) -> None:
+    """Write a plain model's weights and configuration; ``weights`` as for ``save_model``."""
+    with without_bars(), nullcontext() if weights is None else _plain_configuration(model):
+        model.save_pretrained(folder, max_shard_size=MAX_SHARD, state_dict=weights)
 
 
 def stored_bytes(model: Any) -> int:

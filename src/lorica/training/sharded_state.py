@@ -73,11 +73,13 @@ class ShardedState(ModelState):
         return parts, {name: value for name, value in flat.items() if name not in parts}
 
 
-def whole_weights(model: torch.nn.Module) -> dict[str, Tensor]:
+def whole_weights(model: torch.nn.Module) -> dict[str, Tensor] | None:
     """Return a model's weights on the host of the first process, for ``save_model``; none of them in the others.
 
-    All processes of a sharded model have to call this.
+    All processes of a sharded model have to call this. Of a model that is not sharded each has them all: None.
     """
+    if not processes.in_step(model):
+        return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = get_model_state_dict(model, options=options)
     first: dict[int, str] = {}

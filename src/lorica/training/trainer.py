@@ -26,15 +26,14 @@ from lorica.training.interrupt import SignalCatcher
 from lorica.training.keeper import CheckpointKeeper
 from lorica.training.manifest import damage
 from lorica.training.micro_batches import MicroBatches
-from lorica.training.model_state import ModelState
 from lorica.training.padding_free import flat_collator
 from lorica.training.rows import Numbered, NumberedCollate, tokens_of
-from lorica.training.sharded_state import ShardedState
 from lorica.training.states import random_state, set_random_state
 from lorica.training.stops import Stops, check_same_bases
+from lorica.training.zero import UnderZero, state_of
 
 
-class MethodMixin(Stops):
+class MethodMixin(UnderZero, Stops):
     """Lets a method wrap the optimizer that the Trainer builds, and add to the loss. Put it before a Trainer class.
 
     It also stops a run before a loss, a gradient or a weight that is no number does harm, runs micro-batches that do
@@ -55,11 +54,11 @@ class MethodMixin(Stops):
         if optimizer_in_backward:
             check_method(method)
         self.method, self.rows, self.in_backward = method, rows, optimizer_in_backward
-        self.model_state = (ShardedState if processes.in_step(kwargs["model"]) else ModelState)(kwargs["model"])
+        self.model_state = state_of(kwargs["model"], kwargs["args"])
         self.stepper: StepInBackward | None = None
         self._scoring, self.padding_free = False, padding_free
         trained = flat_collator(kwargs["model"]) if padding_free else collate
-        super().__init__(train_dataset=Numbered(rows), data_collator=NumberedCollate(trained, collate), **kwargs)  # type: ignore[call-arg]
+        super().__init__(train_dataset=Numbered(rows), data_collator=NumberedCollate(trained, collate), **kwargs)
         assert not self.args.remove_unused_columns, "the rows' numbers would be removed"
         self.max_grad_norm = self.args.max_grad_norm
         if method.clips:
@@ -81,6 +80,7 @@ class MethodMixin(Stops):
         if self.optimizer is None:
             super().create_optimizer(model)  # type: ignore[misc]
             wrapped: Any = self.method.wrap_optimizer(self.optimizer, self.max_grad_norm)
+            self._check_optimizer(self.optimizer, wrapped)
             if processes.in_step(self.model):  # torch cannot load the parts of a state with an empty group
                 wrapped.param_groups[:] = [group for group in wrapped.param_groups if group["params"]]
             if self.in_backward:
@@ -105,7 +105,7 @@ class MethodMixin(Stops):
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             with told_of_memory(self._after_the_passes):
-                return super().train(*args, **kwargs)  # type: ignore[misc]
+                return super().train(*args, **kwargs)
         finally:
             if self.stepper is not None:
                 self.stepper.remove()
@@ -177,7 +177,7 @@ class MethodMixin(Stops):
         return batches, num_items_in_batch
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        one_pass = super().training_step  # type: ignore[misc]
+        one_pass = super().training_step
         loss: Tensor = self.micro_batches.run(
             inputs,
             lambda batch, trained: one_pass(

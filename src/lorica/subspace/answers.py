@@ -1,0 +1,100 @@
+"""What a model answers to prompts by itself: calibration inputs that need prompts, and no answer to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lorica.errors import LoricaError
+from lorica.subspace.calibration import (
+    LENGTH,
+    TOKENS,
+    decodes,
+    end_tokens,
+    evaluating,
+    generates,
+    own_random,
+    sampling,
+    until_end,
+)
+from lorica.subspace.observe import IGNORED_LABEL
+
+ROUNDS = 16
+"""How often each prompt is answered at most: more answers to a few prompts say little more."""
+
+
+def answer_length(limit: int | None) -> int:
+    """Return how many tokens an answer has at most, where prompt and answer may have ``limit`` together."""
+    return LENGTH if limit is None else min(LENGTH, limit // 2)
+
+
+@torch.no_grad()
+def own_answers(
+    model: Any, prompts: Sequence[Sequence[int]], *, tokens: int = TOKENS, batch_size: int = 64, seed: int = 0
+) -> list[dict[str, Tensor]]:
+    """Return batches of prompts with the answers that a model writes by itself: what it does when it is asked.
+
+    Each answer is sampled from the model's own distribution, temperature 1, nothing cut off, as ``own_text`` is, up to
+    and with the token that ends it or ``answer_length`` tokens. The prompts come in random order, and again in another
+    one for other answers, ``ROUNDS`` times at most. The random state of the process, the model's mode and its
+    configuration are as before.
+
+    Args:
+        model: causal, or an encoder-decoder.
+        prompts: token ids of each, one or more; what the model has positions for, with an answer behind.
+        tokens: sample until the answers hold so many together.
+        batch_size: prompts at a time.
+
+    Returns:
+        Rows as they are trained on, on the CPU and padded on the right: ``input_ids`` (prompt and answer; of an
+        encoder-decoder the prompt), ``attention_mask``, and ``labels``, the answer and nothing else.
+
+    Raises:
+        LoricaError: the model writes no text.
+    """
+    if not generates(model):
+        raise LoricaError("prompts_file is for models that write text, and this one does not; leave it out")
+    ends, device = end_tokens(model), next(model.parameters()).device
+    length = answer_length(getattr(model.config, "max_position_embeddings", None))
+    batches: list[dict[str, Tensor]] = []
+    rows, counted = max(1, min(batch_size, tokens // length)), 0
+    with evaluating(model), sampling(model, ends, 0, length), own_random(device, seed):
+        rounds = (torch.randperm(len(prompts)).tolist() for _ in range(ROUNDS))
+        order = chain.from_iterable(rounds)
+        while counted < tokens and (drawn := list(islice(order, rows))):
+            asked = [torch.tensor(prompts[index]) for index in drawn]
+            answers = _answers(model, asked, ends)
+            batches.append(_rows(asked, answers, apart=decodes(model)))
+            found = sum(map(len, answers))
+            counted += found
+            rows = max(1, min(batch_size, (tokens - counted) * len(drawn) // found))
+    return batches
+
+
+def _answers(model: Any, asked: list[Tensor], ends: list[int]) -> list[Tensor]:
+    """Return an answer to each prompt, with its end where it has one."""
+    apart = decodes(model)  # else the answers have to begin at one column
+    ids, mask = (
+        pad_sequence(rows, batch_first=True, padding_side="right" if apart else "left").to(model.device)
+        for rows in (asked, [torch.ones_like(prompt) for prompt in asked])
+    )
+    written = model.generate(ids, attention_mask=mask)[:, 1 if apart else ids.shape[1] :]
+    return [row[kept].cpu() for row, kept in zip(written, until_end(written, ends).bool(), strict=True)]
+
+
+def _rows(asked: list[Tensor], answers: list[Tensor], *, apart: bool) -> dict[str, Tensor]:
+    ids, labels = asked, answers
+    if not apart:
+        pairs = list(zip(asked, answers, strict=True))
+        ids = [torch.cat(pair) for pair in pairs]
+        labels = [torch.cat([torch.full_like(prompt, IGNORED_LABEL), answer]) for prompt, answer in pairs]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED_LABEL),
+    }
