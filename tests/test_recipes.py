@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorica.benchmarks import find_stream
+from lorica.experiments.chosen import chosen_settings
 from lorica.experiments.config import RunConfig, build_run_config
-from lorica.experiments.setup import chosen_settings
 from lorica.methods import METHODS
 from lorica.training.arguments import check_arguments
 from lorica.values import read_config

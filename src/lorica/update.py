@@ -29,7 +29,7 @@ from lorica.lineage import (
 )
 from lorica.memory import size_of
 from lorica.methods import METHODS, TaskData, build_method
-from lorica.methods.base import given_options
+from lorica.methods.protection import given_options
 from lorica.record import Stopwatch, peak_cuda_memory, peak_memory, write_record
 from lorica.redaction import cleaned
 from lorica.report import write_report

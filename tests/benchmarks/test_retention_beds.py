@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorica.benchmarks import find_stream
 from lorica.data.stream import read_stream
+from lorica.experiments.chosen import chosen_settings
 from lorica.experiments.config import build_run_config
-from lorica.experiments.setup import chosen_settings
 from lorica.experiments.story import run
 from lorica.methods import METHODS
 from lorica.training.arguments import check_arguments

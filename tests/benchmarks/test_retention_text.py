@@ -30,8 +30,8 @@ from lorica.benchmarks import find_stream
 from lorica.constrain.targets import find_targets
 from lorica.data.task_rows import load_rows
 from lorica.evaluation.scorer import score_task
+from lorica.experiments.chosen import chosen_settings
 from lorica.experiments.config import RunConfig, build_run_config
-from lorica.experiments.setup import chosen_settings
 from lorica.methods import METHODS
 from lorica.training.arguments import check_arguments
 from lorica.training.classifiers import read_any_config, read_classifier

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorica.methods import osft
+from lorica.methods import own_texts
 from lorica.subspace.calibration import own_text
 
 LITTLE = 1000
@@ -22,5 +22,5 @@ def little_text() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(own_text.__wrapped__.__kwdefaults__, "tokens", LITTLE)  # type: ignore[attr-defined]
-        patch.setattr(osft, "own_text", little)
+        patch.setattr(own_texts, "own_text", little)
         yield

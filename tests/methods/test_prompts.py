@@ -149,6 +149,12 @@ def test_an_empty_answer_is_its_end() -> None:
     assert {tuple(answer) for _, answer in pairs(model, own_answers(model, PROMPTS, tokens=3))} == {(END,)}
 
 
+def test_an_encoder_decoder_learns_no_prompts() -> None:
+    method, model = METHODS["osft"].build({"rehearse": 0.5, "rehearse_prompts": 0.1, "prompts": [[3, 4]]}), tiny("t5")
+    with pytest.raises(LoricaError, match="rehearse_prompts is for causal models"):
+        method.begin_task(model, task_of(model, 0, 1))
+
+
 def test_a_model_that_writes_nothing_is_refused_by_name() -> None:
     with pytest.raises(LoricaError, match=r"^prompts_file is for models that write text"):
         own_answers(tiny("bert-classifier"), PROMPTS)
@@ -199,7 +205,7 @@ def test_a_causal_model_rehearses_as_much_of_its_text_as_of_its_answers(monkeypa
         return write
 
     for name in written:
-        monkeypatch.setattr(f"lorica.methods.osft.{name}", noting(name))
+        monkeypatch.setattr(f"lorica.methods.own_texts.{name}", noting(name))
     held = begun("llama", rehearse=1.0, rehearse_tokens=401).rehearsal
     assert asked == {"own_text": 201, "own_answers": 200}
     answered = [told for told, text in zip(held.told, held.texts, strict=True) if text.ids[0] != 1]
@@ -395,7 +401,7 @@ def test_a_measured_check_looks_at_the_answers(
         asked.append(len(prompts))
         return own_answers(model, prompts, tokens=50)
 
-    for module in ("methods.osft", "forecast.protection"):
+    for module in ("methods.own_texts", "forecast.protection"):
         monkeypatch.setattr(f"lorica.{module}.own_answers", few)
     file = prompts_file(tmp_path)
     config = {"model_name_or_path": str(t5_folder), "source": "activation", "prompts_file": file, "use_cpu": True}
@@ -404,7 +410,7 @@ def test_a_measured_check_looks_at_the_answers(
 
 
 def test_without_prompts_nothing_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.methods.osft.own_answers", lambda *_, **__: pytest.fail("a prompt was asked for"))
+    monkeypatch.setattr("lorica.methods.own_texts.own_answers", lambda *_, **__: pytest.fail("a prompt was asked for"))
     method, model = METHODS["osft"].build({"rehearse": 1.0, "source": "activation"}), writer("llama")
     method.begin_task(model, task_of(model, 0, 1))
     texts = own_text(writer("llama"), seed=0)

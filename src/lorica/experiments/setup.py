@@ -9,19 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments, set_seed
 
 from lorica.benchmarks import check_data, find_stream
 from lorica.data.collate import Collator
 from lorica.data.dataset import Kind
 from lorica.data.scored import Scored, Task
-from lorica.data.stream import MethodSettings, TaskStream
-from lorica.errors import LoricaError, did_you_mean
+from lorica.data.stream import TaskStream
+from lorica.errors import LoricaError
 from lorica.evaluation.metrics import checked
 from lorica.evaluation.scorer import TaskScores, check_answers, check_choices
 from lorica.experiments.abilities import FromFile, FromHarness, HeldOut, check_harness, named_ability
 from lorica.experiments.arguments import check_training, layered
+from lorica.experiments.chosen import check_orders, chosen_settings
 from lorica.experiments.config import RunConfig
 from lorica.experiments.rows import Rows, longest_row
 from lorica.inputs import prompts_of
@@ -34,7 +34,6 @@ from lorica.training.deepspeed import check_deepspeed
 from lorica.training.models import model_width, pinned, read_model, read_tokenizer
 from lorica.training.sharding import OPTIONS as SHARDING
 from lorica.training.sharding import check_sharded, sharding
-from lorica.values import read_config
 
 
 class Setup:
@@ -53,7 +52,7 @@ class Setup:
         self.config = config = pinned(config.model_copy(update={"seeds": config.seeds or found.seeds or [0]}))
         self.stream = found.within(config.data_dir).only(config.tasks)
         self.orders: list[str | None] = list(config.orders) or [next(iter(self.stream.orders), None)]
-        _check_orders(self.stream, self.orders)
+        check_orders(self.stream, self.orders)
         self.held_out = self._held_out()
         check_data(self._wanted(), config.data_dir, trains=True)
         self.settings = chosen_settings(config, self.stream)
@@ -247,48 +246,3 @@ class Setup:
         if width is None:
             raise LoricaError("the model's width cannot be told; give --learning_rates")
         return default_learning_rate(width) * METHODS[settings.method].learning_rate_scale
-
-
-def _check_orders(stream: TaskStream, orders: list[str | None]) -> None:
-    """Refuse orders that the chosen tasks make the same: one sequence of tasks would count as two."""
-    seen: dict[tuple[str, ...], str | None] = {}
-    for order in orders:
-        names = tuple(task.name for task in stream.in_order(order))
-        if names in seen:
-            without = f" without {', '.join(stream.left_out)}" if stream.left_out else ""
-            raise LoricaError(
-                f"stream {stream.name!r}: orders {seen[names]!r} and {order!r} are the same{without}; "
-                "name one of them with --orders"
-            )
-        seen[names] = order
-
-
-def chosen_settings(config: RunConfig, stream: TaskStream) -> dict[str, MethodSettings]:
-    """Return the settings of the methods asked for: the file's, else the stream's own, else a method's defaults.
-
-    Raises:
-        LoricaError: a name that is none of these, or no method at all.
-    """
-    known = dict(stream.methods) | (_from_file(config.methods_file) if config.methods_file else {})
-    names = config.methods or list(known)
-    if not names:
-        raise LoricaError(f"stream {stream.name!r} has settings for no method; name some: --methods osft seqft ...")
-    for name in names:
-        if name not in known and name not in METHODS:
-            every = [*known, *(method for method in METHODS if method not in known)]
-            raise LoricaError(f"unknown method {name!r}; known: {', '.join(every)}.{did_you_mean(name, every)}")
-    chosen = {name: known.get(name) or MethodSettings(method=name) for name in names}
-    for name, settings in chosen.items():
-        if settings.method not in METHODS:
-            hint = did_you_mean(settings.method, METHODS)
-            raise LoricaError(f"stream {stream.name!r}, method {name!r}: unknown method {settings.method!r}.{hint}")
-    return chosen
-
-
-def _from_file(path: str) -> dict[str, MethodSettings]:
-    values = read_config(Path(path).expanduser())
-    try:
-        return TypeAdapter(dict[str, MethodSettings]).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise LoricaError(f"{path}: field {'.'.join(map(str, first['loc']))}: {first['msg']}") from error

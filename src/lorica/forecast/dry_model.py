@@ -14,9 +14,10 @@ from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO, check_choices, ch
 from lorica.constrain.planning import plan
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, TaskData, build_method
-from lorica.methods.base import Method, Protection, scheduled_share
+from lorica.methods.base import Method
 from lorica.methods.options import checked_options
 from lorica.methods.osft import OSFT
+from lorica.methods.protection import Protection, scheduled_share
 from lorica.methods.rehearsal import Rehearsal
 from lorica.subspace.plan import MEASURED, Plan, default_constraint
 from lorica.training.trust import refuse_hub_kernels

@@ -18,8 +18,8 @@ from lorica.forecast.story import device_of
 from lorica.inputs import asked_of, calibrating, read_rows
 from lorica.lineage import read_lineage
 from lorica.methods import TaskData, build_method
-from lorica.methods.base import given_options
 from lorica.methods.osft import OSFT, default_calibration
+from lorica.methods.protection import given_options
 from lorica.subspace.answers import own_answers
 from lorica.subspace.calibration import Batch
 from lorica.subspace.factor import Factors

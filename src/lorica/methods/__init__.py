@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from lorica.methods.base import METHODS, Method, Protection, Targets, build_method
+from lorica.methods.base import METHODS, Method, Targets, build_method
+from lorica.methods.protection import Protection
 from lorica.methods.task import TaskData
 
 __all__ = ["METHODS", "Method", "Protection", "Targets", "TaskData", "build_method"]

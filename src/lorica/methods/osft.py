@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorica import processes
 from lorica.constrain.audit import audit_weight
 from lorica.constrain.audit_report import AuditReport
 from lorica.constrain.linear import matrix_of
@@ -19,12 +18,13 @@ from lorica.constrain.planning import plan
 from lorica.constrain.protect import bases_of, protect, protected_layers, protected_of, release
 from lorica.constrain.sharded_audit import audit_sharded
 from lorica.errors import LoricaError
-from lorica.methods.base import METHODS, Method, Progress, Protection, scheduled_share
+from lorica.methods.base import METHODS, Method, Progress
 from lorica.methods.forgetting import Change, Foresight
-from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal, instead, prompt_loss
+from lorica.methods.own_texts import written
+from lorica.methods.protection import Protection, scheduled_share
+from lorica.methods.rehearsal import Rehearsal, prompt_loss
 from lorica.methods.task import TaskData
-from lorica.subspace.answers import own_answers
-from lorica.subspace.calibration import Batch, decodes, is_causal, own_text
+from lorica.subspace.calibration import Batch, is_causal
 from lorica.subspace.learned import LearnedDirections
 from lorica.subspace.measure import Wanted, measure
 from lorica.subspace.memory import FactorMemory, memory_rank
@@ -82,11 +82,12 @@ class OSFT(Method):
         self._foresight: Foresight | None = None
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
-        texts = self._written(model, task.seed + task.index)
+        seed = task.seed + task.index
+        self.rehearsal, texts = written(model, self.protection, seed, calibrates=self.kept is None)
         self.plan = self._plan(model, task.index, texts)
         self.forgetting = None
         if self.protection.predict_forgetting:
-            self._foresight = Foresight.of(model, self.plan.entries, task.seed + task.index)
+            self._foresight = Foresight.of(model, self.plan.entries, seed)
         if any(entry.constraint == "block" for entry in self.plan.entries):
             if self.protection.memory_mode != "fast":
                 raise LoricaError("memory_mode 'lean' has no effect with constraint 'block', which the optimizer holds")
@@ -97,34 +98,6 @@ class OSFT(Method):
             dense = [name for name in self.plan.names() if name not in protected_layers(model)]
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in dense}
         self._count_learned(model)
-
-    def _written(self, model: nn.Module, seed: int) -> list[dict[str, Tensor]] | None:
-        """Let the plain model write what is to be rehearsed and what calibrates; return the latter, if it wrote it."""
-        asked = self.protection
-        if (asked.rehearse or asked.prompts) and processes.in_step(model):
-            raise LoricaError(
-                f"{NEEDED_BY if asked.rehearse else 'prompts_file'}: processes that share a model would write texts of "
-                f"several lengths and then wait for each other; {INSTEAD}"
-            )
-        if asked.rehearse_prompts and decodes(model):
-            raise LoricaError(
-                "rehearse_prompts is for causal models; an encoder-decoder writes no prompts: leave it out"
-            )
-        if asked.rehearse:
-            return self._rehearse(model, seed)
-        return own_answers(model, asked.prompts, seed=seed) if asked.prompts and self.kept is None else None
-
-    def _rehearse(self, model: nn.Module, seed: int) -> list[dict[str, Tensor]]:
-        """Let the plain model write what is to be rehearsed, and return of it what calibrates."""
-        asked, total = self.protection, self.protection.rehearse_tokens
-        answers, texts, part = [], [], 0
-        if asked.prompts:
-            part = total if decodes(model) else total // 2
-            answers = own_answers(model, asked.prompts, tokens=part, seed=seed)
-        if part < total:
-            texts = own_text(model, tokens=total - part, seed=seed, needed_by=NEEDED_BY, instead=instead(model))
-        self.rehearsal = Rehearsal.of(model, [*texts, *answers], asked.rehearse, asked.rehearse_weight)
-        return answers or texts
 
     def penalty(self, model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
         if self.rehearsal is None:

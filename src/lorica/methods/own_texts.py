@@ -1,0 +1,50 @@
+"""What a plain model writes by itself before a task: the texts that it rehearses, and those that calibrate."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lorica import processes
+from lorica.errors import LoricaError
+from lorica.methods.protection import Protection
+from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal, instead
+from lorica.subspace.answers import own_answers
+from lorica.subspace.calibration import decodes, own_text
+
+Texts = list[dict[str, Tensor]]
+
+
+def written(
+    model: nn.Module, asked: Protection, seed: int, *, calibrates: bool
+) -> tuple[Rehearsal | None, Texts | None]:
+    """Let a plain model write what is to be rehearsed and what calibrates, as far as the options ask for it.
+
+    With prompts, half of what a causal model rehearses are its answers to them and the rest is text from BOS; an
+    encoder-decoder rehearses answers alone. The answers calibrate, where there are some.
+
+    Args:
+        calibrates: whether anything is to be measured on it; a resumed task has its bases already.
+
+    Raises:
+        LoricaError: the model writes no text, or is shared by processes.
+    """
+    if (asked.rehearse or asked.prompts) and processes.in_step(model):
+        raise LoricaError(
+            f"{NEEDED_BY if asked.rehearse else 'prompts_file'}: processes that share a model would write texts of "
+            f"several lengths and then wait for each other; {INSTEAD}"
+        )
+    if asked.rehearse_prompts and decodes(model):
+        raise LoricaError("rehearse_prompts is for causal models; an encoder-decoder writes no prompts: leave it out")
+    if asked.rehearse:
+        return _rehearsed(model, asked, seed)
+    return None, own_answers(model, asked.prompts, seed=seed) if asked.prompts and calibrates else None
+
+
+def _rehearsed(model: nn.Module, asked: Protection, seed: int) -> tuple[Rehearsal, Texts]:
+    answers, texts, part, total = Texts(), Texts(), 0, asked.rehearse_tokens
+    if asked.prompts:
+        part = total if decodes(model) else total // 2
+        answers = own_answers(model, asked.prompts, tokens=part, seed=seed)
+    if part < total:
+        texts = own_text(model, tokens=total - part, seed=seed, needed_by=NEEDED_BY, instead=instead(model))
+    return Rehearsal.of(model, [*texts, *answers], asked.rehearse, asked.rehearse_weight), answers or texts
