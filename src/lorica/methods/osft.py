@@ -82,12 +82,11 @@ class OSFT(Method):
         self._foresight: Foresight | None = None
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
-        seed = task.seed + task.index
-        self.rehearsal, texts = written(model, self.protection, seed, calibrates=self.kept is None)
+        self.rehearsal, texts = written(model, self.protection, task, calibrates=self.kept is None)
         self.plan = self._plan(model, task.index, texts)
         self.forgetting = None
         if self.protection.predict_forgetting:
-            self._foresight = Foresight.of(model, self.plan.entries, seed)
+            self._foresight = Foresight.of(model, self.plan.entries, task.seed + task.index)
         if any(entry.constraint == "block" for entry in self.plan.entries):
             if self.protection.memory_mode != "fast":
                 raise LoricaError("memory_mode 'lean' has no effect with constraint 'block', which the optimizer holds")

@@ -8,6 +8,7 @@ from lorica import processes
 from lorica.errors import LoricaError
 from lorica.methods.protection import Protection
 from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal, instead
+from lorica.methods.task import TaskData
 from lorica.subspace.answers import own_answers
 from lorica.subspace.calibration import decodes, own_text
 
@@ -15,7 +16,7 @@ Texts = list[dict[str, Tensor]]
 
 
 def written(
-    model: nn.Module, asked: Protection, seed: int, *, calibrates: bool
+    model: nn.Module, asked: Protection, task: TaskData, *, calibrates: bool
 ) -> tuple[Rehearsal | None, Texts | None]:
     """Let a plain model write what is to be rehearsed and what calibrates, as far as the options ask for it.
 
@@ -23,6 +24,7 @@ def written(
     encoder-decoder rehearses answers alone. The answers calibrate, where there are some.
 
     Args:
+        task: the task that begins, whose seed and place in the stream decide what is drawn.
         calibrates: whether anything is to be measured on it; a resumed task has its bases already.
 
     Raises:
@@ -36,8 +38,10 @@ def written(
     if asked.rehearse_prompts and decodes(model):
         raise LoricaError("rehearse_prompts is for causal models; an encoder-decoder writes no prompts: leave it out")
     if asked.rehearse:
-        return _rehearsed(model, asked, seed)
-    return None, own_answers(model, asked.prompts, seed=seed) if asked.prompts and calibrates else None
+        return _rehearsed(model, asked, task.seed + task.index)
+    if asked.prompts and calibrates:
+        return None, own_answers(model, asked.prompts, seed=task.seed + task.index)
+    return None, None
 
 
 def _rehearsed(model: nn.Module, asked: Protection, seed: int) -> tuple[Rehearsal, Texts]:
