@@ -24,7 +24,7 @@ from lorica.constrain.audit import leakage
 from lorica.constrain.protect import protected_layers
 from lorica.constrain.reduced import ORDERS, core_gradient
 from lorica.subspace.basis import Explicit, Reflector
-from lorica.subspace.linalg import reflector
+from lorica.subspace.orthonormal import reflector
 
 SHAPES, TINY_SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096)), ((48, 48), (112, 32))
 TOKENS, TINY_TOKENS = 8192, 64

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.workbench import Row, Workbench, read_rows
-from lorica.subspace.linalg import Split, complement, polar, reflector, split
+from lorica.subspace.linalg import Split, split
+from lorica.subspace.orthonormal import complement, polar, reflector
 
 SHAPES, TINY_SHAPES = ((2048, 2048), (4096, 4096), (14336, 4096)), ((48, 48), (96, 96), (224, 96))
 SHARE = 0.75

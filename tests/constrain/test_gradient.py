@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorica.constrain.linear import SubspaceLinear
 from lorica.constrain.reduced import ORDERS, ReducedLinear, core_gradient, lift, order_flops
 from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
-from lorica.subspace.linalg import complement, reflector
+from lorica.subspace.orthonormal import complement, reflector
 from tests.builders import matrix
 
 KINDS = ("everything", "explicit", "reflector")

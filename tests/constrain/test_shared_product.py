@@ -16,7 +16,7 @@ from lorica.constrain.linear import SubspaceLinear
 from lorica.constrain.protect import protected_layers
 from lorica.constrain.reduced import _products, shared_product
 from lorica.subspace.basis import Basis, Everything, Explicit
-from lorica.subspace.linalg import complement
+from lorica.subspace.orthonormal import complement
 from tests.builders import batch, matrix, tiny, trainable
 
 IDS = {"input_ids": torch.arange(32).reshape(2, 16)}

@@ -26,7 +26,8 @@ from lorica.forecast.options import build_forecast_config, parse_bytes
 from lorica.forecast.rates import Machine, host_memory, machine_for, split_seconds, this_machine
 from lorica.forecast.result import Forecast
 from lorica.forecast.story import forecast
-from lorica.subspace.linalg import complement, reflector, split
+from lorica.subspace.linalg import split
+from lorica.subspace.orthonormal import complement, reflector
 from lorica.subspace.plan import PlanEntry
 from tests.builders import tiny
 from tests.forecast.conftest import Folder, profiled

@@ -17,7 +17,8 @@ import lorica
 from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
-from lorica.subspace.linalg import is_orthonormal, split
+from lorica.subspace.linalg import split
+from lorica.subspace.orthonormal import is_orthonormal
 from lorica.subspace.plan import PlanEntry
 from lorica.subspace.store import SplitStore
 from tests.builders import matrix, plan_for, tiny, trainable

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
 from lorica.subspace.free_basis import free_basis
-from lorica.subspace.linalg import complement, polar, reflector
+from lorica.subspace.orthonormal import complement, polar, reflector
 from tests.builders import matrix
 
 EYE = 1e-12

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorica.errors import LoricaError
 from lorica.subspace import linalg
-from lorica.subspace.linalg import half_split, is_orthonormal, orthonormalise, singular_values, split, whole_split
+from lorica.subspace.linalg import half_split, singular_values, split, whole_split
+from lorica.subspace.orthonormal import is_orthonormal, orthonormalise
 from tests.builders import SHAPES, matrix, top_directions
 
 

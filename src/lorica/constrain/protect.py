@@ -22,7 +22,7 @@ from lorica.constrain.targets import check_targets, user_pattern
 from lorica.constrain.transport import put_back
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.basis import Basis
-from lorica.subspace.linalg import complement
+from lorica.subspace.orthonormal import complement
 from lorica.subspace.plan import Plan, PlanEntry
 from lorica.subspace.sources import Protected
 

@@ -11,7 +11,7 @@ from lorica.subspace.basis import Basis
 class Derived(Basis):
     """Reflector's Q, its Z read off the weight A (D x S) itself: K x (K + S) numbers instead of D x K.
 
-    Singular directions of A are U = A A^+ U, so that Z = Y L^-T of ``linalg.reflector`` is
+    Singular directions of A are U = A A^+ U, so that Z = Y L^-T of ``orthonormal.reflector`` is
 
         Z = [H; 0] + A B        H = -P L^-T        B = -A^+ U L^-T
 

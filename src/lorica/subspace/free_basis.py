@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
 from lorica.subspace.derived import read_off
-from lorica.subspace.linalg import complement, reflector
+from lorica.subspace.orthonormal import complement, reflector
 
 
 def free_basis(protected_DK: Tensor, dtype: torch.dtype, weight_DS: Tensor | None = None) -> Basis:
