@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import lorica
 from lorica.methods.task import TaskData
-from lorica.subspace.plan import Constraint, Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import Constraint, PlanEntry
 
 SHAPES = {"wide": (6, 20), "tall": (20, 6), "square": (16, 16), "odd": (17, 13), "one-row": (1, 9)}
 CONSTRAINTS: tuple[Constraint, ...] = ("two-sided", "input", "output")

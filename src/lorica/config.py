@@ -148,6 +148,10 @@ class UpdateConfig(BaseModel):
     """Train the prompts' tokens too, each with this weight beside one of an answer, so that the next update rehearses
     what this one teaches."""
 
+    curvature_penalty: float = Field(default=0.0, ge=0)
+    """Hold the free directions too, each by how much a change along it is expected to make the model forget: the
+    strength of a penalty, such as 300; 0 is none. For source curvature."""
+
     predict_forgetting: bool = False
     """Tell how far the update was expected to move what the model predicts on text of its own, and how far it did. For
     causal models; the text is written and its curvature measured before the update."""

@@ -20,13 +20,14 @@ from lorica.forecast.rates import memory_of
 from lorica.forecast.result import Way
 from lorica.forecast.story import device_of, expected, least_disk
 from lorica.inputs import Inputs
+from lorica.methods.own_texts import WRITING
 from lorica.training.checkpoints import checkpoints_in
 from lorica.training.sharding import Sharding
 from lorica.units import size
 
 
 def progress_bar(what: str) -> Callable[[str, int, int], None]:
-    """Return a progress callback that draws transformers' progress bar, with the time left."""
+    """Return a progress callback that draws transformers' progress bar, with the time left; another bar for text."""
     bar: Any = None
     if not processes.first():
         return lambda name, done, total: None
@@ -34,10 +35,11 @@ def progress_bar(what: str) -> Callable[[str, int, int], None]:
     def advance(name: str, done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = transformers_logging.tqdm(total=total, desc=what, leave=False)
+            bar = transformers_logging.tqdm(total=total, desc=name if name == WRITING else what, leave=False)
         bar.update(done - bar.n)
         if done == total:
             bar.close()
+            bar = None
 
     return advance
 

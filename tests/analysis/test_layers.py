@@ -10,7 +10,7 @@ from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.linalg import spectrum_points
 from lorica.subspace.observe import InputStatistics
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import matrix, top_directions
 
 

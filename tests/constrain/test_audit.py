@@ -16,7 +16,7 @@ import lorica
 from lorica.constrain import audit as auditing
 from lorica.constrain.audit import audit_weight, rounding_share
 from lorica.constrain.audit_report import TOLERANCE, AuditReport
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import batch, free_part, leakage, matrix, protected_tiny, tiny, train, trainable
 
 

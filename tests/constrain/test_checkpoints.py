@@ -14,7 +14,8 @@ from torch.optim import AdamW
 
 import lorica
 from lorica.errors import LoricaError
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import batch, matrix, tiny, train, trainable
 
 

@@ -285,7 +285,7 @@ def test_finished_tasks_count_in_what_the_next_protects(name: str) -> None:
         for layer, pair in oracle(model, list(task_of(model, index).batches(12))).items():
             both = [moment / moment.trace() for moment in pair]
             past[layer] = [old + new for old, new in zip(past[layer], both, strict=True)] if layer in past else both
-    kept = method.tasks.factors
+    kept = method.carried.tasks.factors
     assert kept.keys() == past.keys()
     for layer, pair in past.items():
         for side, moment in zip((kept[layer].inputs, kept[layer].outputs), pair, strict=True):
@@ -332,11 +332,11 @@ def test_outputs_that_were_remembered_stay_where_a_task_looks_at_inputs_alone() 
     second.load_state_dict(first.state_dict())
     learn(second, model, 1)
     second.end_task(model, task_of(model, 1))
-    for name, factors in second.tasks.factors.items():
+    for name, factors in second.carried.tasks.factors.items():
         assert factors.inputs is not None
         assert factors.outputs is not None
         assert factors.inputs.trace == pytest.approx(2)
-        assert factors.outputs.same_as(first.tasks.factors[name].outputs or pytest.fail(name))
+        assert factors.outputs.same_as(first.carried.tasks.factors[name].outputs or pytest.fail(name))
 
 
 def test_the_memory_of_another_model_is_refused() -> None:
@@ -344,7 +344,9 @@ def test_the_memory_of_another_model_is_refused() -> None:
     model = tiny("qwen3")
     learn(method, model, 0)
     method.end_task(model, task_of(model, 0))
-    method.tasks._factors["model.layers.0.mlp.down_proj"] = method.tasks.factors["model.layers.0.mlp.up_proj"]
+    method.carried.tasks._factors["model.layers.0.mlp.down_proj"] = method.carried.tasks.factors[
+        "model.layers.0.mlp.up_proj"
+    ]
     with pytest.raises(LoricaError, match=r"down_proj has a side of 48, .* has 32: it belongs to another model"):
         method.begin_task(other, task_of(other, 1))
 

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from transformers.optimization import Adafactor
 
 import lorica
-from lorica.subspace.plan import Constraint
+from lorica.subspace.plan_entry import Constraint
 from tests.builders import CONSTRAINTS, SHAPES, Stack, free_part, leakage, plan_for, top_directions, trainable
 
 STEPS = 50

@@ -15,7 +15,8 @@ import lorica
 from lorica.constrain.linear import SubspaceConv1D, SubspaceLinear
 from lorica.constrain.protect import plan_of, protected_layers
 from lorica.errors import LoricaError
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import Stack, batch, half, matrix, plan_for, tiny, train, trainable
 
 

@@ -17,7 +17,8 @@ import lorica
 from lorica.constrain.exchange import Exchange, cheapest_exchange, exchanges
 from lorica.constrain.linear import SubspaceLinear
 from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
-from lorica.subspace.plan import Constraint, Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import Constraint, PlanEntry
 from tests.distributed.ranks import on_ranks
 from tests.distributed.trainings import whole
 

@@ -42,7 +42,8 @@ from lorica.forecast.needs import Phase
 from lorica.forecast.rates import Machine
 from lorica.forecast.result import Forecast
 from lorica.forecast.story import forecast
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import tiny
 from tests.forecast.conftest import Folder
 

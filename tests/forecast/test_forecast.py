@@ -28,7 +28,7 @@ from lorica.forecast.result import Forecast
 from lorica.forecast.story import forecast
 from lorica.subspace.linalg import split
 from lorica.subspace.orthonormal import complement, reflector
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import tiny
 from tests.forecast.conftest import Folder, profiled
 from tests.training.conftest import byte_tokenizer

@@ -238,7 +238,7 @@ def test_the_inputs_of_finished_tasks_count_in_the_next(source: Any) -> None:
     for index in range(2):
         learn(method, model, index)
         past += seen_by(model, name, index, rows=5)
-        kept = method.tasks.factors[name].inputs
+        kept = method.carried.tasks.factors[name].inputs
         assert kept is not None
         assert kept.trace == pytest.approx(index + 1)
         torch.testing.assert_close(kept.matrix(), past, atol=2e-3 * float(past.norm()), rtol=0)  # kept as float16

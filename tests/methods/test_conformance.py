@@ -69,6 +69,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "osft",
         {"unfreeze_rank_ratio": 0.5, "source": "curvature", "constraint": "block", "calibration": "random"},
     ),
+    "osft-held": (
+        "osft",
+        {"unfreeze_rank_ratio": 0.5, "source": "curvature", "calibration": "random", "curvature_penalty": 50.0,
+         "remember_tasks": True, "remember_rows": 4},
+    ),
     "osft-rehearsing": ("osft", {"unfreeze_rank_ratio": 0.5, "rehearse": 1.0}),
     "osft-prompted": (
         "osft", {"unfreeze_rank_ratio": 0.5, "rehearse": 1.0, "source": "activation", "prompts": [[3, 9, 14], [21]]},

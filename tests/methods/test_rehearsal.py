@@ -249,6 +249,22 @@ def test_a_model_without_a_first_token_is_refused_by_name() -> None:
         method.begin_task(model, task_of(model, 0, 1))
 
 
+def test_a_model_of_no_numbers_is_refused_before_it_writes() -> None:
+    method, model = METHODS["osft"].build({"rehearse": 0.5}), tiny("llama")
+    model.get_parameter("model.norm.weight").data[0] = float("nan")
+    with pytest.raises(LoricaError, match=r"^model\.norm\.weight holds NaN or inf"):
+        method.begin_task(model, task_of(model, 0, 1))
+
+
+def test_the_writing_tells_how_far_it_is() -> None:
+    method, model = METHODS["osft"].build({"rehearse": 0.5, "rehearse_tokens": 300}), tiny("llama")
+    told: list[tuple[str, int, int]] = []
+    method.begin_task(model, task_of(model, 0, 1), progress=lambda *step: told.append(step))
+    written = [(done, total) for name, done, total in told if name == "writing text"]
+    assert written[-1] == (300, 300)
+    assert written == sorted(written)
+
+
 def update(model: Path, out: Path, **options: Any) -> dict[str, Any]:
     rows = [{"prompt": f"{i}:", "completion": " seven"} for i in range(16)]
     out.mkdir(parents=True)

@@ -19,7 +19,7 @@ from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
 from lorica.subspace.linalg import split
 from lorica.subspace.orthonormal import is_orthonormal
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.store import SplitStore
 from tests.builders import matrix, plan_for, tiny, trainable
 

@@ -26,7 +26,7 @@ from tests.reliability.interruptions import stopped_at
 
 STEPS = 5
 QUICK = (
-    "osft", "osft-block", "osft-remembering", "osft-rehearsing", "osft-prompted", "osft-curvature-block",
+    "osft", "osft-block", "osft-remembering", "osft-rehearsing", "osft-prompted", "osft-curvature-block", "osft-held",
     "osft-factored", "osft-gradient", "lora", "pissa", "ewc", "replay",
 )  # fmt: skip
 """Each has something of its own to go on with."""

@@ -25,7 +25,7 @@ import lorica
 from lorica.constrain.protect import protected_layers
 from lorica.methods import METHODS, Targets
 from lorica.methods.seqft import SeqFT
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.training.output import save_model
 from lorica.training.trainer import MethodTrainer, fit
 from tests.builders import ARCHITECTURES, CONSTRAINTS, DENSE, batch, leakage, task_of, tiny, train, trainable

@@ -9,7 +9,7 @@ from lorica.errors import LoricaError
 from lorica.subspace.calibration import own_text, random_tokens
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.observe import observe
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.sources import protected_directions
 from tests.builders import batch, matrix, tiny
 

@@ -14,7 +14,7 @@ import lorica
 from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.marginal import Greedy, within_forgetting, within_freedom
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import batch, matrix, tiny
 
 SHAPES = {"a": (5, 7), "b": (6, 4), "c": (3, 3)}

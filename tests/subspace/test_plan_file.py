@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
-from lorica.subspace.plan import Constraint, Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import Constraint, PlanEntry
 
 
 def plan() -> Plan:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.measure import Wanted, measure
-from lorica.subspace.plan import Constraint, PlanEntry
+from lorica.subspace.plan_entry import Constraint, PlanEntry
 from lorica.subspace.prediction import (
     EnergyShares,
     Outlook,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.sources import directions_and_spectrum, extended, hybrid_inputs, protected_directions
 from lorica.subspace.store import SplitStore
 from tests.builders import SHAPES, matrix, top_directions

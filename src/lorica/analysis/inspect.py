@@ -30,7 +30,8 @@ from lorica.report.inspection_record import InspectionRecord
 from lorica.report.page import html_report, markdown_report
 from lorica.subspace.calibration import Batch, own_text, random_tokens
 from lorica.subspace.observe import observe
-from lorica.subspace.plan import MEASURED, Plan
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import MEASURED
 from lorica.training.models import pinned, position_limit, read_model, read_model_config, read_tokenizer
 from lorica.training.output import make_output_dir
 from lorica.units import count, duration

@@ -13,7 +13,7 @@ from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.linalg import singular_values, spectrum_points
 from lorica.subspace.observe import InputStatistics
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.prediction import energy_shares
 from lorica.subspace.ranks import effective_rank
 from lorica.subspace.sources import protected_directions

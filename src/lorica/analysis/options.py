@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lorica.errors import LoricaError, did_you_mean
-from lorica.subspace.plan import Source
+from lorica.subspace.plan_entry import Source
 
 Side = Literal["top", "bottom"]
 """An end of the spectrum."""

@@ -91,7 +91,7 @@ def list_() -> None:
     from lorica.constrain.targets import FAMILIES
     from lorica.data.stream import read_stream
     from lorica.methods import METHODS
-    from lorica.subspace.plan import Constraint, Source
+    from lorica.subspace.plan_entry import Constraint, Source
     from lorica.subspace.ranks import RANKS
 
     print("methods:")

@@ -18,7 +18,8 @@ from lorica.constrain.targets import is_target_key, natural_order
 from lorica.errors import LoricaError
 from lorica.subspace.factor import Factors
 from lorica.subspace.linalg import ROWS, Pair, spectrum_points
-from lorica.subspace.plan import MEASURED, Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import MEASURED, PlanEntry
 from lorica.subspace.ranks import share_to_count
 from lorica.subspace.sources import Protected, directions_and_spectrum
 

@@ -13,7 +13,8 @@ from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
 from lorica.subspace.derived import Derived
 from lorica.subspace.factor import Factor
 from lorica.subspace.free_basis import free_basis
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.sources import Protected, protected_directions
 from lorica.subspace.store import SplitStore
 

@@ -177,7 +177,7 @@ class SubspaceLayer(ShardedLayer):
 
     def _fold_into(self, weight_MN: Tensor, core_PQ: Tensor) -> None:
         origin = self._origin(core_PQ.device)
-        with _full_precision(origin.device.type):
+        with full_precision(origin.device.type):
             torch.add(self._lifted(core_PQ, origin), origin, out=weight_MN)
 
     def refresh(self) -> None:
@@ -241,7 +241,7 @@ def matrix_of(module: nn.Module) -> Tensor:
     return weight.T if WRAPPERS[type(module)].transposed else weight
 
 
-def _full_precision(device: str) -> contextlib.AbstractContextManager[None]:
+def full_precision(device: str) -> contextlib.AbstractContextManager[None]:
     """Keep mixed precision out: a fold may be asked for by a forward pass under it, and a bfloat16 one would leak."""
     known = torch.amp.is_autocast_available(device)  # not on the meta device
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()

@@ -17,7 +17,7 @@ from lorica.subspace.factor import Factors
 from lorica.subspace.marginal import Greedy, within_forgetting, within_freedom
 from lorica.subspace.measure import Wanted
 from lorica.subspace.observe import InputStatistics
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.store import SplitStore
 
 LARGEST_MARGINAL = 2048
@@ -45,13 +45,17 @@ def marginal_entries(
     return [entry.with_counts(*counts[entry.name], why) for entry in entries]
 
 
-def wanted(entry: PlanEntry, *, marginal: bool) -> Wanted:
-    """Return which sides of a layer its source looks at, and how closely."""
+def wanted(entry: PlanEntry, *, marginal: bool, beyond: int = 0) -> Wanted:
+    """Return which sides of a layer its source looks at, and how closely.
+
+    Args:
+        beyond: directions that are told apart besides those to be protected.
+    """
     if marginal:
         m, n = (min(size, LARGEST_MARGINAL) for size in entry.shape)
         return Wanted(entry.shape, inputs=n, outputs=m)
-    k_u, k_v = entry.given
-    return Wanted(entry.shape, inputs=k_v or None, outputs=k_u or None if entry.source == "curvature" else None)
+    k_u, k_v = (min(k + beyond, side) or None for k, side in zip(entry.given, entry.shape, strict=True))
+    return Wanted(entry.shape, inputs=k_v, outputs=k_u if entry.source == "curvature" else None)
 
 
 def counts(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace import ranks as policies
 from lorica.subspace.calibration import Batch
-from lorica.subspace.plan import MEASURED, Source
+from lorica.subspace.plan_entry import MEASURED, Source
 
 SOURCES: tuple[Source, ...] = ("weight", *MEASURED)
 

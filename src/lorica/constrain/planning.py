@@ -18,7 +18,8 @@ from lorica.subspace.calibration import Batch, own_text, random_tokens
 from lorica.subspace.factor import Factors
 from lorica.subspace.measure import measure
 from lorica.subspace.observe import InputStatistics, observe
-from lorica.subspace.plan import MEASURED, Constraint, Plan, PlanEntry, Source, default_constraint
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import MEASURED, Constraint, PlanEntry, Source, default_constraint
 
 RANDOM_LENGTH = 64
 """Length of the sequences of random tokens, where the model has that many positions."""
@@ -42,6 +43,7 @@ def plan(
     trr: float | None = None,
     expected_forgetting: float | None = None,
     earlier: Mapping[str, Factors] | None = None,
+    beyond: int = 0,
 ) -> Plan:
     """Decide what is protected in which weight; nothing is changed yet.
 
@@ -85,6 +87,7 @@ def plan(
             order, over that of an update of the same norm in all directions, 0 to 1.
         earlier: what finished tasks left behind (``FactorMemory.factors``), to count beside the calibration; for the
             sources that measure.
+        beyond: how many directions of a side that is measured are told apart besides the protected ones.
         mrr, trr: minimum and target retention ratio of ``importance``, 0 to 1; 0.1 and 0.8 by default.
 
     Returns:
@@ -139,7 +142,7 @@ def plan(
     )
     if source not in MEASURED:
         return result
-    sides = {entry.name: wanted(entry, marginal=ranks == "marginal") for entry in result.entries}
+    sides = {entry.name: wanted(entry, marginal=ranks == "marginal", beyond=beyond) for entry in result.entries}
     together = sums_at_owners(model, sharded) if sharded else None
     factors = measure(model, targets, batches, sides, earlier=earlier, together=together)
     if ranks == "marginal":

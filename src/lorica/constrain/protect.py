@@ -23,7 +23,8 @@ from lorica.constrain.transport import put_back
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.basis import Basis
 from lorica.subspace.orthonormal import complement
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.sources import Protected
 
 _RECORD = "_lorica_protection"

@@ -17,7 +17,8 @@ from lorica.constrain.protect import protected_of
 from lorica.constrain.reduced import lift
 from lorica.constrain.sharded import turns
 from lorica.constrain.transport import to_owners
-from lorica.subspace.plan import MEASURED, Plan
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import MEASURED
 
 
 class Trained(NamedTuple):

@@ -18,7 +18,7 @@ from lorica.constrain.owners import Alike, at_owners, sharded_weight, shared_lay
 from lorica.constrain.sharded import Shards
 from lorica.subspace.basis import Basis, Everything, Explicit, Reflector
 from lorica.subspace.derived import Derived
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 
 _FORMS: tuple[type[Basis], ...] = (Everything, Explicit, Reflector, Derived)
 

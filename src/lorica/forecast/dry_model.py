@@ -15,11 +15,13 @@ from lorica.constrain.planning import plan
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, TaskData, build_method
 from lorica.methods.base import Method
+from lorica.methods.curvature_penalty import CurvaturePenalty
 from lorica.methods.options import checked_options
 from lorica.methods.osft import OSFT
 from lorica.methods.protection import Protection, scheduled_share
 from lorica.methods.rehearsal import Rehearsal
-from lorica.subspace.plan import MEASURED, Plan, default_constraint
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import MEASURED, default_constraint
 from lorica.training.trust import refuse_hub_kernels
 
 FORECAST = ("osft", "seqft", "lora")
@@ -91,6 +93,8 @@ def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0) -> 
     method.begin_task(model, task)
     if isinstance(method, OSFT) and config.rehearse:
         method.rehearsal = Rehearsal.blank(model, config.rehearse, prompt)
+    if isinstance(method, OSFT) and config.curvature_penalty:
+        method.curvature = CurvaturePenalty.blank(model, config.curvature_penalty)
     return method
 
 

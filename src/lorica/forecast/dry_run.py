@@ -19,6 +19,7 @@ from lorica.errors import LoricaError
 from lorica.forecast.device_kernels import KernelsOf
 from lorica.forecast.ledger import LOSS, Ledger, Operation
 from lorica.methods.base import Method
+from lorica.methods.osft import OSFT
 from lorica.training.in_backward import StepInBackward
 
 
@@ -91,6 +92,8 @@ def dry_step(
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=own | again)
     ledger = Ledger()
     host = _own_model(ledger, model)
+    if isinstance(method, OSFT) and method.curvature is not None:
+        ledger.own("curvature", method.curvature.to_keep().values())
     _mark_gradients(ledger, model)
     _mark_logits(ledger, model)
     optimizer = _optimizer(ledger, model, method, arguments, device)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 LOSS = "logits and loss"
-KINDS = ("weights", "W0", "bases", "cores", "gradients", "optimizer states", "activations", LOSS)
+KINDS = ("weights", "W0", "bases", "curvature", "cores", "gradients", "optimizer states", "activations", LOSS)
 """What memory is for, in the order of the table."""
 
 PASSING = ("activations", LOSS)

@@ -22,7 +22,7 @@ from lorica.subspace.linalg import ROWS
 from lorica.subspace.store import WORTHWHILE, SplitStore
 
 PROCESS, WORKSPACE, FREED = "process", "float64 workspace", "freed, not given back"
-HELD = ("weights", "W0", "bases", "cores")
+HELD = ("weights", "W0", "bases", "curvature", "cores")
 """What is there from the split on."""
 
 PHASES = ("load", "split", "score", "train", "audit", "save")
@@ -132,7 +132,7 @@ class Disk:
     """Bytes on disk.
 
     Attributes:
-        model: the output model.
+        model: the output model, with what it carries to the next update.
         checkpoint: one checkpoint.
         kept: how many checkpoints are there at once, while the last of them is written.
         lasting: how many of them are left when the model is written.
@@ -167,8 +167,9 @@ class Disk:
 
 
 def disk(
-    model: Any, step: Step | None, arguments: TrainingArguments, steps: int | None, *, in_parts: bool = False
-) -> Disk:
+    model: Any, step: Step | None, arguments: TrainingArguments, steps: int | None, *, in_parts: bool = False,
+    remembered: float = 0.0,
+) -> Disk:  # fmt: skip
     """Return what a run writes.
 
     Args:
@@ -176,8 +177,9 @@ def disk(
         step: of ``dry_step``; without it the least that any method writes.
         steps: how many the run has, if that is known.
         in_parts: checkpoints hold what trains alone.
+        remembered: what is carried to the next update takes at most so many times the protected weights.
     """
-    saved = step.steady["weights"] if step else sum(p.nbytes for p in model.parameters())
+    weights = step.steady["weights"] if step else sum(p.nbytes for p in model.parameters())
     cores = step.steady["cores"] if step else 0
     states = step.steady["optimizer states"] if step and not arguments.save_only_model else 0
     limit = arguments.save_total_limit if (arguments.save_total_limit or 0) > 0 else None
@@ -189,8 +191,10 @@ def disk(
     lasting = min(written, limit or written)
     split = bases_of(model) if lasting and not arguments.save_only_model else {}
     bases = sum({id(tensor): tensor.nbytes for tensor in split.values()}.values())
+    bases += step.steady["curvature"] if step and split else 0
+    saved = weights + round(remembered * sum(layer.matrix.nbytes for layer in protected_layers(model).values()))
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    held = trained if in_parts else saved + cores
+    held = trained if in_parts else weights + cores
     return Disk(saved, held + states, min(written, lasting + 1), lasting, bases, _cache(model))
 
 

@@ -23,7 +23,8 @@ from lorica.methods.protection import given_options
 from lorica.subspace.answers import own_answers
 from lorica.subspace.calibration import Batch
 from lorica.subspace.factor import Factors
-from lorica.subspace.plan import Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.prediction import EnergyShares, Outlook, both_factors, kind_of
 from lorica.subspace.sources import Protected, protected_directions
 from lorica.subspace.store import SplitStore

@@ -17,7 +17,7 @@ from lorica.errors import LoricaError
 from lorica.methods.rehearsal import LOGITS, Rehearsal
 from lorica.subspace.calibration import LENGTH, evaluating, own_text
 from lorica.subspace.factor import Factors
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.prediction import Outlook, both_factors, expected_divergence, kind_of
 from lorica.subspace.sources import Protected
 

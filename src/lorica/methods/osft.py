@@ -19,27 +19,31 @@ from lorica.constrain.protect import bases_of, protect, protected_layers, protec
 from lorica.constrain.sharded_audit import audit_sharded
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress
+from lorica.methods.carried import Carried
+from lorica.methods.curvature_penalty import RANK, CurvaturePenalty
 from lorica.methods.forgetting import Change, Foresight
 from lorica.methods.own_texts import written
 from lorica.methods.protection import Protection, scheduled_share
 from lorica.methods.rehearsal import Rehearsal, prompt_loss
 from lorica.methods.task import TaskData
 from lorica.subspace.calibration import Batch, is_causal
-from lorica.subspace.learned import LearnedDirections
-from lorica.subspace.measure import Wanted, measure
-from lorica.subspace.memory import FactorMemory, memory_rank
-from lorica.subspace.plan import MEASURED, Plan, PlanEntry
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import MEASURED, PlanEntry
 from lorica.subspace.sources import Protected
-
-LEARNED, TASKS = "learned.", "tasks."
-"""What the names in the state begin with."""
 
 _REHEARSING = ("prompts", "rehearse", "rehearse_weight", "rehearse_tokens", "rehearse_prompts")
 
 _BESIDE_A_PLAN = ("plan", "protect_learned", *_REHEARSING, "memory_mode", "predict_forgetting")
 """Options that are no part of what a finished plan says."""
 
-_NOT_PLANNED = (*_BESIDE_A_PLAN, "remember_tasks", "remember_rows", "remember_size", "rank_schedule")
+_NOT_PLANNED = (
+    *_BESIDE_A_PLAN,
+    "curvature_penalty",
+    "remember_tasks",
+    "remember_rows",
+    "remember_size",
+    "rank_schedule",
+)
 """Options that are no arguments of ``lorica.plan``."""
 
 
@@ -54,13 +58,15 @@ class OSFT(Method):
     finished tasks learned in are protected beside the source's (``protect_learned``), and what finished tasks
     were counts in what the next ones protect (``remember_tasks``). What is kept for this has the same
     size after ten tasks as after one. With ``rehearse`` what the model predicts on text of its own is held besides,
-    by a penalty.
+    by a penalty; with ``curvature_penalty`` what a change in the free directions is expected to cost.
 
     Attributes:
+        carried: what goes from task to task.
         rehearsal: the texts of the current task and what was predicted on them, with ``rehearse``.
+        curvature: what holds the free directions, with ``curvature_penalty``.
 
     Source:
-        arXiv 2504.07097; ``lorica.methods.rehearsal`` is no part of it.
+        arXiv 2504.07097; ``lorica.methods.rehearsal`` and ``curvature_penalty`` are no part of it.
     """
 
     options_type = Protection
@@ -74,16 +80,18 @@ class OSFT(Method):
         beside = sorted(protection.given() - {*_BESIDE_A_PLAN})
         if protection.plan is not None and beside:
             raise LoricaError(f"{beside[0]} has no effect beside a plan: say it in the plan")
-        self.learned = LearnedDirections(protection.protect_learned or 0.0)
-        self.tasks = FactorMemory()
+        self.carried = Carried(protection)
         self._constraints: dict[nn.Parameter, WeightConstraint] | None = None
         self._before: dict[str, Tensor] = {}
         self.rehearsal: Rehearsal | None = None
+        self.curvature: CurvaturePenalty | None = None
         self._foresight: Foresight | None = None
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
-        self.rehearsal, texts = written(model, self.protection, task, calibrates=self.kept is None)
-        self.plan = self._plan(model, task.index, texts)
+        self.rehearsal, texts = written(model, self.protection, task, calibrates=self.kept is None, progress=progress)
+        self.plan = made = self._plan(model, task.index, texts)
+        if self.protection.curvature_penalty:
+            self.plan = made.narrowed()  # the model holds its plan, and what lies beyond it is needed once
         self.forgetting = None
         if self.protection.predict_forgetting:
             self._foresight = Foresight.of(model, self.plan.entries, task.seed + task.index)
@@ -93,16 +101,28 @@ class OSFT(Method):
             self._constraints = block_constraints(model, self.plan, self.kept)
         else:
             protect(model, self.plan, memory=self.protection.memory_mode, progress=progress, kept=self.kept)
+        if self.protection.curvature_penalty:
+            self.curvature = self._curvature(model, made)
         if self._constraints is not None or self.protection.protect_learned or self._foresight is not None:
             dense = [name for name in self.plan.names() if name not in protected_layers(model)]
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in dense}
         self._count_learned(model)
 
     def penalty(self, model: nn.Module, inputs: Mapping[str, Tensor], logits: Tensor) -> Tensor | None:
-        if self.rehearsal is None:
-            return None
-        held, weight = self.rehearsal.penalty(model, inputs), self.protection.rehearse_prompts
-        return held + weight * prompt_loss(inputs, logits) if weight else held
+        parts = [] if self.curvature is None else [self.curvature(model)]
+        if self.rehearsal is not None:
+            parts.append(self.rehearsal.penalty(model, inputs))
+        if self.protection.rehearse_prompts:
+            parts.append(self.protection.rehearse_prompts * prompt_loss(inputs, logits))
+        return sum(parts[1:], parts[0]) if parts else None
+
+    def _curvature(self, model: nn.Module, made: Plan) -> CurvaturePenalty:
+        """Return what holds the free directions: of what the plan measured, or as it was kept."""
+        strength = self.protection.curvature_penalty
+        if self.kept is not None:
+            return CurvaturePenalty.kept(self.kept, made.names(), strength, next(model.parameters()).device)
+        found = {name: made.factors(name) for name in made.names()}
+        return CurvaturePenalty.of(model, {name: one for name, one in found.items() if one is not None}, strength)
 
     def training_state(self) -> Any:
         return None if self.rehearsal is None else {"drawn": self.rehearsal.drawn}
@@ -120,7 +140,7 @@ class OSFT(Method):
         made = self.protection.plan if self.kept is None else self.kept.plan
         if made is None:
             made = plan(model, **self._planning(model, index, texts))
-        learned = {e.name: self.learned.directions(e.name, e.shape) for e in made.entries}
+        learned = {e.name: self.carried.learned.directions(e.name, e.shape) for e in made.entries}
         if any(learned.values()):
             made = made.with_measured(learned={name: pair for name, pair in learned.items() if pair is not None})
         return made
@@ -136,7 +156,9 @@ class OSFT(Method):
             options["calibration"] = "self" if asked.prompts else default_calibration(model)
         if calibrates and texts is not None and options["calibration"] == "self":
             options["calibration"] = texts
-        return options | ({"earlier": self.tasks.factors} if self.tasks else {})
+        if asked.curvature_penalty:
+            options["beyond"] = RANK
+        return options | ({"earlier": self.carried.tasks.factors} if self.carried.tasks else {})
 
     def _count_learned(self, model: nn.Module) -> None:
         """Set each entry's ``learned`` to how many directions were new to what the source protects."""
@@ -158,7 +180,7 @@ class OSFT(Method):
     def to_keep(self, model: nn.Module) -> dict[str, Tensor]:
         assert self.plan is not None
         if self._constraints is None:
-            return bases_of(model)
+            return bases_of(model) | ({} if self.curvature is None else self.curvature.to_keep())
         found: dict[str, Tensor] = {}
         for name in self.plan.names():
             block = self._block(model, name)
@@ -213,8 +235,9 @@ class OSFT(Method):
             self._remember_changes(model)
         release(model)
         if self.protection.remember_tasks:
-            self._remember_task(model, list(task.batches(self.protection.remember_rows)))
+            self.carried.add_task(model, self.plan.entries, list(task.batches(self.protection.remember_rows)))
         self._constraints, self._before, self.rehearsal, self._foresight = None, {}, None, None
+        self.curvature = None
 
     def protected(self, model: nn.Module) -> Iterator[tuple[PlanEntry, Protected]]:
         """Yield each entry of the task's plan with the directions that are protected, also as learned before."""
@@ -241,53 +264,16 @@ class OSFT(Method):
 
     def _remember_changes(self, model: nn.Module) -> None:
         for name, layer in protected_layers(model).items():
-            self.learned.add(name, layer.delta())
+            self.carried.learned.add(name, layer.delta())
         for name, before in self._before.items():
-            self.learned.add(name, matrix_of(model.get_submodule(name)).detach().double() - before.double())
-
-    def _remember_task(self, model: nn.Module, batches: list[Batch]) -> None:
-        """Fold what the finished task's inputs and gradients are into the memory of tasks."""
-        assert self.plan is not None
-        layers = {name: model.get_submodule(name) for name in self.plan.names()}
-        weights = [matrix_of(layer) for layer in layers.values()]
-        outputs = self.protection.source == "curvature"
-        dims = [dim for m, n in (weight.shape for weight in weights) for dim in ((m, n) if outputs else (n,))]
-        rank = memory_rank(dims, self.protection.remember_size * sum(weight.nbytes for weight in weights))
-        wanted = {
-            entry.name: Wanted(entry.shape, inputs=rank, outputs=rank if outputs else None)
-            for entry in self.plan.entries
-        }
-        self.tasks.fold(measure(model, layers, batches, wanted), rank)
+            self.carried.learned.add(name, matrix_of(model.get_submodule(name)).detach().double() - before.double())
 
     def state_dict(self) -> dict[str, Tensor]:
-        learned = {LEARNED + name: tensor for name, tensor in self.learned.state_dict().items()}
-        return learned | {TASKS + name: tensor for name, tensor in self.tasks.state_dict().items()}
+        return self.carried.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what an earlier ``state_dict`` returned.
-
-        Raises:
-            LoricaError: it holds what an option remembers that is not set here, and so would be lost.
-        """
-        learned = _part(state, LEARNED)
-        if learned and self.protection.protect_learned is None:
-            raise LoricaError(
-                "finished tasks were learned with protect_learned, and what they learned would now be open to change: "
-                "set protect_learned, or 0 to give it up"
-            )
-        tasks = _part(state, TASKS)
-        if tasks and not self.protection.remember_tasks:
-            raise LoricaError(
-                "finished tasks were learned with remember_tasks, and what they were would now be forgotten: "
-                "set remember_tasks, or remove the folder memory beside the model to give it up"
-            )
-        if self.protection.protect_learned:
-            self.learned.load_state_dict(learned)
-        self.tasks.load_state_dict(tasks)
-
-
-def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        """Take over what an earlier ``state_dict`` returned; see ``Carried``."""
+        self.carried.load_state_dict(state)
 
 
 def default_calibration(model: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from lorica.methods.base import METHODS, Targets
 from lorica.methods.projected import ProjectedFT, opened, refuse_too_many
 from lorica.methods.snapshots import MeanGradient, Snapshots, TopGradients
 from lorica.methods.task import TaskData
-from lorica.subspace.plan import Constraint
+from lorica.subspace.plan_entry import Constraint
 from lorica.subspace.ranks import share_to_count
 from lorica.subspace.sources import Protected
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from lorica import processes
+from lorica.constrain.sharded_plan import check_numbers
 from lorica.errors import LoricaError
+from lorica.methods.base import Progress
 from lorica.methods.protection import Protection
 from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal, instead
 from lorica.methods.task import TaskData
@@ -15,8 +20,12 @@ from lorica.subspace.calibration import decodes, own_text
 Texts = list[dict[str, Tensor]]
 
 
+WRITING = "writing text"
+"""What progress is told of by this name."""
+
+
 def written(
-    model: nn.Module, asked: Protection, task: TaskData, *, calibrates: bool
+    model: nn.Module, asked: Protection, task: TaskData, *, calibrates: bool, progress: Progress | None = None
 ) -> tuple[Rehearsal | None, Texts | None]:
     """Let a plain model write what is to be rehearsed and what calibrates, as far as the options ask for it.
 
@@ -26,6 +35,7 @@ def written(
     Args:
         task: the task that begins, whose seed and place in the stream decide what is drawn.
         calibrates: whether anything is to be measured on it; a resumed task has its bases already.
+        progress: is told of the text from BOS, in tokens.
 
     Raises:
         LoricaError: the model writes no text, or is shared by processes.
@@ -37,18 +47,24 @@ def written(
         )
     if asked.rehearse_prompts and decodes(model):
         raise LoricaError("rehearse_prompts is for causal models; an encoder-decoder writes no prompts: leave it out")
+    if asked.rehearse or asked.prompts:
+        check_numbers(model)
     if asked.rehearse:
-        return _rehearsed(model, asked, task.seed + task.index)
+        return _rehearsed(model, asked, task.seed + task.index, progress and partial(progress, WRITING))
     if asked.prompts and calibrates:
         return None, own_answers(model, asked.prompts, seed=task.seed + task.index)
     return None, None
 
 
-def _rehearsed(model: nn.Module, asked: Protection, seed: int) -> tuple[Rehearsal, Texts]:
+def _rehearsed(
+    model: nn.Module, asked: Protection, seed: int, progress: Callable[[int, int], None] | None
+) -> tuple[Rehearsal, Texts]:
     answers, texts, part, total = Texts(), Texts(), 0, asked.rehearse_tokens
     if asked.prompts:
         part = total if decodes(model) else total // 2
         answers = own_answers(model, asked.prompts, tokens=part, seed=seed)
     if part < total:
-        texts = own_text(model, tokens=total - part, seed=seed, needed_by=NEEDED_BY, instead=instead(model))
+        texts = own_text(
+            model, tokens=total - part, seed=seed, needed_by=NEEDED_BY, instead=instead(model), progress=progress
+        )
     return Rehearsal.of(model, [*texts, *answers], asked.rehearse, asked.rehearse_weight), answers or texts

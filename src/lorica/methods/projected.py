@@ -17,7 +17,7 @@ from lorica.errors import LoricaError
 from lorica.methods.base import Progress
 from lorica.methods.seqft import SeqFT
 from lorica.methods.task import TaskData
-from lorica.subspace.plan import Constraint
+from lorica.subspace.plan_entry import Constraint
 from lorica.subspace.sources import Protected
 
 

@@ -10,7 +10,8 @@ from lorica.config import UpdateConfig
 from lorica.constrain.origin import MemoryMode
 from lorica.methods.base import Targets
 from lorica.subspace.calibration import TOKENS, Batch
-from lorica.subspace.plan import MEASURED, Constraint, Plan, Source
+from lorica.subspace.plan import Plan
+from lorica.subspace.plan_entry import MEASURED, Constraint, Source
 
 REMEMBER_ROWS = 64
 """Default of ``remember_rows``."""
@@ -43,6 +44,9 @@ class Protection(Targets):
         rehearse_tokens: so many tokens are written before a task, at least 1.
         rehearse_prompts: what a token of a prompt counts in the loss beside one of an answer, 0 (nothing) or more: a
             model that has learned to write a task's prompts rehearses that task with the next ones.
+        curvature_penalty: strength of a penalty on what a change in the free directions is expected to make the model
+            forget, 0 (none) or more; see ``lorica.methods.curvature_penalty``. For source ``curvature`` and constraint
+            ``two-sided``, which measure what it needs.
         rank_schedule: protected share, 0 to 1, of each task in order; the last is for all further ones.
         memory_mode: as ``memory`` of ``lorica.protect``.
         predict_forgetting: take down before a task what is needed to foresee and to measure its forgetting, see
@@ -70,6 +74,7 @@ class Protection(Targets):
     rehearse_weight: float = 1.0
     rehearse_tokens: int = TOKENS
     rehearse_prompts: float = 0.0
+    curvature_penalty: float = 0.0
     rank_schedule: Sequence[float] | None = None
     memory_mode: MemoryMode = "fast"
     predict_forgetting: bool = False
@@ -97,6 +102,13 @@ class Protection(Targets):
             raise ValueError(f"rehearse_tokens = {self.rehearse_tokens} is out of range: at least 1")
         if not 0 <= self.rehearse_prompts < float("inf"):
             raise ValueError(f"rehearse_prompts = {self.rehearse_prompts} is out of range: 0 (nothing) or more")
+        if not 0 <= self.curvature_penalty < float("inf"):
+            raise ValueError(f"curvature_penalty = {self.curvature_penalty} is out of range: 0 (none) or more")
+        if self.curvature_penalty and (self.source != "curvature" or self.constraint not in (None, "two-sided")):
+            raise ValueError(
+                "curvature_penalty needs both sides of the curvature measured: source 'curvature' and constraint "
+                "'two-sided'"
+            )
         beside = {"rehearse_weight": 1.0, "rehearse_tokens": TOKENS, "rehearse_prompts": 0.0}
         for name, default in beside.items():
             if getattr(self, name) != default and not self.rehearse:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,6 +52,7 @@ def own_text(
     seed: int = 0,
     needed_by: str = 'calibration "self"',
     instead: str = 'give batches, or "random" for random tokens',
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return batches of text that a causal model writes by itself: what it has learned, without any data.
 
@@ -65,6 +66,7 @@ def own_text(
             writes more of them.
         length, batch_size, seed: how long a text is at most, and how many of that length are sampled at a time.
         needed_by, instead: what the errors name, and what they say to do.
+        progress: is told how many tokens have been sampled, and of how many.
 
     Raises:
         LoricaError: the model does not continue a text by itself, or has neither BOS nor EOS to begin with.
@@ -83,6 +85,8 @@ def own_text(
             batches.append({"input_ids": ids, "attention_mask": mask})
             found = int(batches[-1]["attention_mask"].sum())
             counted += found
+            if progress:
+                progress(min(counted, tokens), tokens)
             rows = max(1, min(batch_size * length, tokens - counted) * rows // found)
     return batches
 

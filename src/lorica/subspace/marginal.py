@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from lorica.subspace.factor import Factor, Factors
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 
 STEPS = 256
 """A side is protected in at most so many steps, of one direction each where it has no more directions than that."""

@@ -17,7 +17,7 @@ from lorica.subspace.calibration import Batch
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.measure import Wanted, measure
 from lorica.subspace.memory import KEPT_AS, memory_rank
-from lorica.subspace.plan import Constraint, PlanEntry
+from lorica.subspace.plan_entry import Constraint, PlanEntry
 from lorica.subspace.sources import Protected
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.linalg import Pair, split
-from lorica.subspace.plan import PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.store import SplitStore
 
 DEPENDENT = 1e-6

@@ -20,7 +20,7 @@ from transformers.training_args import OptimizerNames
 from lorica import processes
 from lorica.errors import LoricaError, did_you_mean
 from lorica.json_file import parse_json, read_json
-from lorica.subspace.plan import MEASURED
+from lorica.subspace.plan_entry import MEASURED
 
 OPTIONS = ("fsdp", "fsdp_config")
 
@@ -67,6 +67,7 @@ _LENGTHS = "each process would write texts of other lengths, and wait for the ot
 NOT_SHARDED = {
     "protect_learned": "it looks at whole weights after the training",
     "remember_tasks": "it looks at whole weights after the training",
+    "curvature_penalty": "it looks at whole cores in each step",
     "prompts_file": _LENGTHS,
     "rehearse": _LENGTHS,
     "predict_forgetting": _LENGTHS,
