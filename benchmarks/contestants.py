@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorica
 from lorica.constrain.protect import protected_layers
+from lorica.subspace.plan_entry import Constraint, Source
 
 VOCABULARY = 512
 SHARES = (0.5, 0.75, 0.9)
@@ -110,15 +111,26 @@ def with_lora(model: LlamaForCausalLM) -> Runner:
     return Runner(wrapped, adamw(wrapped), wrapped.merge_and_unload)
 
 
-def with_lorica(share: float, memory: str) -> Callable[[LlamaForCausalLM], Runner]:
-    """Lorica, two-sided."""
+def with_lorica(share: float, memory: str, **options: Any) -> Callable[[LlamaForCausalLM], Runner]:
+    """Lorica, two-sided unless the options of its plan say otherwise."""
 
     def build(model: LlamaForCausalLM) -> Runner:
-        lorica.protect(model, lorica.plan(model, effective_rank=share), memory=memory)
+        lorica.protect(model, lorica.plan(model, effective_rank=share, **options), memory=memory)
         layers = protected_layers(model)
         return Runner(
             model, adamw(model), lambda: lorica.release(model), lambda: lambda name: layers[name].delta().double()
         )
+
+    return build
+
+
+def with_source(share: float, source: Source, constraint: Constraint) -> Callable[[LlamaForCausalLM], Runner]:
+    """Lorica with directions from a source, equally many from each; those that measure do so on random tokens."""
+    options = {"source": source, "constraint": constraint} | ({} if source == "weight" else {"calibration": "random"})
+
+    def build(model: LlamaForCausalLM) -> Runner:
+        least = {"down_proj": int(share * model.config.hidden_size)}  # else ``activation`` takes a share of its inputs
+        return with_lorica(share, "fast", rank_pattern=least, **options)(model)
 
     return build
 
@@ -206,6 +218,25 @@ CONTESTANTS: dict[str, Contestant] = {
     )
 }
 """Every method by name; plain fine-tuning, what all are measured against, first."""
+
+SOURCE_PAIRS: dict[Constraint, tuple[Source, Source]] = {
+    "two-sided": ("weight", "curvature"),
+    "input": ("weight", "activation"),
+}
+"""By constraint: the source that measures nothing, and the one that is measured against it."""
+
+SOURCES: dict[str, Contestant] = {
+    one.name: one
+    for share in SHARES
+    for constraint, pair in SOURCE_PAIRS.items()
+    for source in pair
+    for one in [
+        Contestant(
+            f"{source} {constraint} {share:g}", f"{source} {constraint}", with_source(share, source, constraint), share
+        )
+    ]
+}
+"""Lorica by source of what it protects, and by name; see ``benchmarks/source_time.py``."""
 
 
 def chosen(shares: tuple[float, ...] = SHARES) -> tuple[list[Contestant], list[str]]:

@@ -31,10 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from transformers import LlamaForCausalLM
 
-from benchmarks.contestants import CONTESTANTS, PEERS, batches, chosen, llama
+from benchmarks.contestants import CONTESTANTS, PEERS, SOURCES, batches, chosen, llama
 from benchmarks.measures import ALLOCATOR, RESULTS, empty_cache, resident, write_result
 
 SHARE, STEPS, PAUSE = 0.75, 3, 0.002
+METHODS = CONTESTANTS | SOURCES
 
 
 class Configuration(NamedTuple):
@@ -98,8 +99,8 @@ class Phases:
 
 def measure(name: str, folder: Path, tokens: int, length: int) -> dict[str, Any]:
     """Take a model from its folder through all phases with one method, in this process."""
-    contestant = CONTESTANTS[name]
-    for module in PEERS:
+    contestant = METHODS[name]
+    for module in PEERS if name in CONTESTANTS else ():  # what all that are compared have imported
         with contextlib.suppress(ImportError):
             importlib.import_module("mini_trainer.osft_utils" if module == "mini_trainer" else module)
     phases = Phases()
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="per step; with --width or --method")
     parser.add_argument("--length", type=int, default=256, help="tokens per sequence; with --width or --method")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder; with --method a file")
-    parser.add_argument("--method", choices=CONTESTANTS, help="measure this one alone, in this process, on --model")
+    parser.add_argument("--method", choices=METHODS, help="measure this one alone, in this process, on --model")
     parser.add_argument("--model", type=Path, help="folder of the model; with --method")
     options = parser.parse_args()
     if options.method:

@@ -111,12 +111,14 @@ def timed_step(runner: Runner, ids: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def race(runners: dict[str, Runner], configuration: Configuration, budget: float) -> dict[str, list[float]]:
+def race(
+    runners: dict[str, Runner], configuration: Configuration, budget: float, most: int = MOST
+) -> dict[str, list[float]]:
     """Return the seconds of every method in every measured round, as many rounds as the budget of seconds allows."""
     seconds: dict[str, list[float]] = {name: [] for name in runners}
     rounds = WARM_UP + FEWEST
     began = time.perf_counter()
-    for index, ids in enumerate(batches(WARM_UP + MOST, configuration.tokens, configuration.length)):
+    for index, ids in enumerate(batches(WARM_UP + most, configuration.tokens, configuration.length)):
         if index == rounds:
             break
         order = list(runners)
@@ -124,7 +126,7 @@ def race(runners: dict[str, Runner], configuration: Configuration, budget: float
         for name in order:
             seconds[name].append(timed_step(runners[name], ids))
         each = (time.perf_counter() - began) / (index + 1)
-        rounds = WARM_UP + max(FEWEST, min(MOST, int(budget / each)))
+        rounds = WARM_UP + max(FEWEST, min(most, int(budget / each)))
         print(f"\r  round {index + 1} of {rounds}, {each:.1f} s each ", end="", flush=True)
     print()
     return {name: own[WARM_UP:] for name, own in seconds.items()}
@@ -148,20 +150,31 @@ def measure(lineup: Lineup, configuration: Configuration, budget: float) -> list
     few = next(batches(1, configuration.length, configuration.length))
     states = {name: state_after_a_step(runner, few) for name, runner in taking_part.items()}
     seconds = race(taking_part, configuration, budget)
+    rows = timed_rows(lineup.contestants, PLAIN, seconds, states, configuration.tokens)
+    return [row | {"leakage": lineup.leakage(row["method"])} for row in rows]
+
+
+def timed_rows(
+    contestants: dict[str, Contestant],
+    base: str,
+    seconds: dict[str, list[float]],
+    states: dict[str, dict[str, int]],
+    tokens: int,
+) -> list[dict[str, Any]]:
+    """Return one row per method that was timed, with its ratios to the method ``base``; that of time in each round."""
     rows = []
     for name, own in seconds.items():
         middle = quartiles(own)["median"]
         rows.append(
             {
                 "method": name,
-                "family": lineup.contestants[name].family,
-                "protected": lineup.contestants[name].share,
+                "family": contestants[name].family,
+                "protected": contestants[name].share,
                 "seconds": own,
                 "seconds_median": middle,
-                "tokens_per_second": configuration.tokens / middle,
-                "ratio": quartiles([mine / base for mine, base in zip(own, seconds[PLAIN], strict=True)]),
-                "state_ratio": states[name]["state_bytes"] / states[PLAIN]["state_bytes"],
-                "leakage": lineup.leakage(name),
+                "tokens_per_second": tokens / middle,
+                "ratio": quartiles([mine / other for mine, other in zip(own, seconds[base], strict=True)]),
+                "state_ratio": states[name]["state_bytes"] / states[base]["state_bytes"],
                 **states[name],
             }
         )

@@ -1,10 +1,10 @@
-"""Put the comparison on the knowledge beds into docs/retention.md and draw its picture, from the kept results alone.
+"""Put the comparisons on the test beds into docs/retention.md and draw their pictures, from the kept results alone.
 
     python scripts/retention_page.py
 
-reads ``docs/results/retention/knowledge.json`` (written by ``benchmarks.retention.compare collect``): of each entry of
-the grid the cells on the bed that settings were chosen on, and the chosen one on the others. Only the others are shown
-as results.
+reads ``docs/results/retention``. ``knowledge.json`` and ``many.json`` (written by ``benchmarks.retention.compare
+collect``) hold of each entry of the grid the cells on the bed that settings were chosen on, and the chosen one on the
+others; only the others are shown as results. ``encoder.json`` is real text: see ``retention_text.py``.
 """
 
 from __future__ import annotations
@@ -17,14 +17,18 @@ from statistics import mean, stdev
 from typing import Any
 
 from readme_figure import figure
+from retention_text import measured_table, validated_table
 from speed_page import filled
 
 from lorica.report.pareto import Spot, scatter
 from lorica.report.tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "docs" / "results" / "retention" / "knowledge.json"
-PAGE, PICTURE = ROOT / "docs" / "retention.md", ROOT / "docs" / "retention.svg"
+RESULTS = ROOT / "docs" / "results" / "retention"
+PAGE = ROOT / "docs" / "retention.md"
+BEDS = {"knowledge": "retention.svg", "many": "retention-many.svg"}
+"""Results of compare.py, each with its picture."""
+
 MEASURES = ("all", "learned", "base", "skills")
 NAMES = {
     "replay-1": "replay, 1 % of all old rows",
@@ -111,12 +115,29 @@ def _ends(one: Entry, measure: str) -> tuple[float, float]:
     return min(values), max(values)
 
 
+def read(name: str) -> list[Cell]:
+    """Return the kept results of a bed; nothing where there are none."""
+    file = RESULTS / f"{name}.json"
+    cells: list[Cell] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return cells
+
+
+def files() -> dict[Path, str]:
+    """Return every file that is made of the results, with what is to be in it."""
+    parts, pictures = {}, {}
+    for name, drawn in BEDS.items():
+        if cells := read(name):
+            found = entries(cells)
+            parts |= {name: results_table(found), f"{name}-tried": tried_table(found)}
+            pictures[PAGE.parent / drawn] = picture(found)
+    if cells := read("encoder"):
+        parts |= {"encoder": measured_table(cells), "encoder-tried": validated_table(cells)}
+    return {PAGE: filled(PAGE.read_text(encoding="utf-8"), parts)} | pictures
+
+
 def main() -> None:
-    found = entries(json.loads(KEPT.read_text(encoding="utf-8")))
-    parts = {"knowledge": results_table(found), "knowledge-tried": tried_table(found)}
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), parts), encoding="utf-8")
-    PICTURE.write_text(picture(found), encoding="utf-8")
-    for path in (PAGE, PICTURE):
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))
 
 

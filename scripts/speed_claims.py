@@ -33,7 +33,8 @@ class Claim:
 
 def claims(results: Results) -> list[Claim]:
     """Return every claim, the worst case of each over all that was measured."""
-    return [*_steps(results), *_state(results), *_arithmetic(results), *_the_rest(results)]
+    parts = (_steps(results), _state(results), of_sources(results.sources), _arithmetic(results), _the_rest(results))
+    return [claim for part in parts for claim in part]
 
 
 def _steps(results: Results) -> list[Claim]:
@@ -75,6 +76,15 @@ def _state(results: Results) -> list[Claim]:
     ]
     found.append(Claim("training state of lean over that of a peer, the worst", "<", 1.0, max(shares, default=None)))
     return found
+
+
+def of_sources(measurements: list[Measurement]) -> list[Claim]:
+    """Return what is claimed of ``curvature`` beside ``weight``, once that was measured."""
+    rows = [row for one in measurements for row in one.rows if row["source"] == "curvature"]
+    if not rows:
+        return []
+    figures = {"step time": [r["ratio"]["median"] for r in rows], "training state": [r["state_ratio"] for r in rows]}
+    return [Claim(f"{what} of curvature over weight", "<=", 1.02, max(found)) for what, found in figures.items()]
 
 
 def _arithmetic(results: Results) -> list[Claim]:

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from speed_charts import charts
 from speed_results import Results, read
+from speed_sources import source_blocks
 from speed_tables import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,7 @@ PAGES = (DOCS / "speed.md", ROOT / "README.md")
 
 def files(results: Results) -> dict[Path, str]:
     """Return every file that is made of the results, with what is to be in it."""
-    parts = blocks(results)
+    parts = blocks(results) | source_blocks(results)
     pages = {path: filled(path.read_text(encoding="utf-8"), parts) for path in PAGES}
     return pages | {DOCS / name: picture for name, picture in charts(results).items()}
 

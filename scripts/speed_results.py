@@ -56,6 +56,8 @@ class Results:
     arithmetic: list[Measurement]
     split: Row
     """What scripts/split_time.py wrote."""
+    sources: list[Measurement]
+    calibration: list[Measurement]
 
     def at(self, kind: str, width: int, tokens: int) -> Measurement | None:
         """Return the measurement of a kind at a width and a number of tokens per step."""
@@ -70,14 +72,15 @@ class Results:
 
 
 def read(folder: Path) -> Results:
-    """Return what lies in a folder of result files; every kind has to be there."""
+    """Return what lies in a folder of result files; every kind but those about sources has to be there."""
     kinds = {kind: _all(folder, kind) for kind in ("step-time", "peak-memory", "tasks", "inference", "arithmetic")}
     missing = [kind for kind, found in kinds.items() if not found]
     split = folder / "split-time.json"
     missing += [] if split.exists() else ["split-time"]
     if missing:
         raise SystemExit(f"{folder} holds no {missing[0]}*.json; make bench writes it")
-    return Results(*kinds.values(), json.loads(split.read_text(encoding="utf-8")))
+    about_sources = (_all(folder, kind) for kind in ("source-time", "calibration-time"))
+    return Results(*kinds.values(), json.loads(split.read_text(encoding="utf-8")), *about_sources)
 
 
 def _all(folder: Path, kind: str) -> list[Measurement]:

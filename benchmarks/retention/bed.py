@@ -139,6 +139,12 @@ def write_mixed(folder: Path, share: float, tasks: Sequence[str], seed: int) -> 
     (folder / f"mixed-{percent}.yaml").write_text(yaml.safe_dump(stream, sort_keys=False, width=120), encoding="utf-8")
 
 
+def add_mixed(parser: argparse.ArgumentParser) -> None:
+    """Add the option whose shares ``write_mixed`` takes."""
+    told = "write streams mixed-PERCENT.yaml too, in which this share of all earlier rows is replayed"
+    parser.add_argument("--mixed", type=float, nargs="+", default=[], metavar="SHARE", help=told)
+
+
 def run_script(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None]) -> None:
     """Do a script's work with its arguments; a mistake of the user ends it with one line."""
     arguments = parser.parse_args()

@@ -53,14 +53,8 @@ class Grid(NamedTuple):
 
     @classmethod
     def read(cls, path: Path, only: Sequence[str]) -> Grid:
-        """Read a grid file.
-
-        Raises:
-            LoricaError: an entry that is asked for is not in it.
-        """
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if missing := [name for name in only if name not in given["entries"]]:
-            raise LoricaError(f"{path}: no entry {missing[0]}; there are {', '.join(given['entries'])}")
+        """Read a grid file; see ``read_grid``."""
+        given = read_grid(path, only)
         entries = {
             name: [
                 Cell(name, entry.get("stream", STREAM), setting, float(rate))
@@ -68,7 +62,6 @@ class Grid(NamedTuple):
                 for rate in entry["rates"]
             ]
             for name, entry in given["entries"].items()
-            if not only or name in only
         }
         return cls(given["config"], given["model"], given["methods_file"], entries)
 
@@ -94,13 +87,31 @@ class Grid(NamedTuple):
             "--model_name_or_path", bed / self.model, "--methods_file", RECIPES / self.methods_file,
             "--methods", cell.setting, "--learning_rates", cell.rate, "--output_dir", folder,
         ]  # fmt: skip
-        log = folder.with_suffix(folder.suffix + ".log")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("w", encoding="utf-8") as output:
-            code = subprocess.run([str(word) for word in command], stdout=output, stderr=output, check=False).returncode
-        if code:
-            last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-            print(f"{folder}: ended with {code}: {''.join(last)}", flush=True)
+        run_logged(command, folder)
+
+
+def read_grid(path: Path, only: Sequence[str]) -> dict[str, Any]:
+    """Return what a grid file says, of its ``entries`` those asked for, or all.
+
+    Raises:
+        LoricaError: an entry that is asked for is not in it.
+    """
+    given: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = given["entries"]
+    if missing := [name for name in only if name not in known]:
+        raise LoricaError(f"{path}: no entry {missing[0]}; there are {', '.join(known)}")
+    return given | {"entries": {name: entry for name, entry in known.items() if not only or name in only}}
+
+
+def run_logged(command: Sequence[object], folder: Path) -> None:
+    """Run a command whose output goes beside a folder; tell how it ended where it failed."""
+    log = folder.with_suffix(folder.suffix + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as output:
+        code = subprocess.run([str(word) for word in command], stdout=output, stderr=output, check=False).returncode
+    if code:
+        last = log.read_text(encoding="utf-8").strip().splitlines()[-1:]
+        print(f"{folder}: ended with {code}: {''.join(last)}", flush=True)
 
 
 def record_of(folder: Path) -> Path | None:
@@ -131,6 +142,12 @@ def collected(grid: Grid, output_dir: Path, beds: Sequence[Path]) -> list[dict[s
     return found
 
 
+def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a JSON array with a row a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=["choose", "measure", "collect"])
@@ -149,10 +166,7 @@ def work(arguments: argparse.Namespace) -> None:
             raise LoricaError(f"--{needed} is needed to {by}")
     grid, out = Grid.read(arguments.grid, arguments.entries), arguments.output_dir
     if arguments.work == "collect":
-        rows = collected(grid, out, arguments.beds)
-        text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
+        write_results(arguments.output, collected(grid, out, arguments.beds))
         return
     for name, cells in grid.entries.items():
         part = grid._replace(entries={name: cells})

@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.retention.bed import people_for, run_script, write_bed, write_mixed
+from benchmarks.retention.bed import add_mixed, people_for, run_script, write_bed, write_mixed
 
 
 def write(arguments: argparse.Namespace) -> None:
@@ -48,8 +48,7 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=4, help="sets that are learned one after the other")
     parser.add_argument("--facts", type=int, default=1800, help="of each set, and of what the base knows")
     parser.add_argument("--test_rows", type=int, default=300, help="facts of each set that are scored")
-    told = "write streams mixed-PERCENT.yaml too, in which this share of all earlier rows is replayed"
-    parser.add_argument("--mixed", type=float, nargs="+", default=[], metavar="SHARE", help=told)
+    add_mixed(parser)
     run_script(parser, write)
 
 

@@ -33,11 +33,9 @@ def recall(record: Mapping[str, Any], where: str) -> dict[str, float]:
     """
     matrix = ScoreMatrix.from_json(record, where=where)
     kept = record.get("retention", {})
-    average, learned = matrix.average_accuracy, matrix.learning_accuracy
     if missing := [name for name in ("facts-0", *SKILLS) if name not in kept]:
         raise LoricaError(f"{where}: no run of a retention bed: nothing is held out as {missing[0]}")
-    if average is None or learned is None:
-        raise LoricaError(f"{where}: the run was not scored to its end")
+    average, learned = ends(matrix, where)
     base, tasks = kept["facts-0"][-1], len(matrix.tasks)
     return {
         "all": (average * tasks + base) / (tasks + 1),
@@ -45,6 +43,18 @@ def recall(record: Mapping[str, Any], where: str) -> dict[str, float]:
         "base": base,
         "skills": sum(kept[skill][-1] for skill in SKILLS) / len(SKILLS),
     }
+
+
+def ends(matrix: ScoreMatrix, where: str) -> tuple[float, float]:
+    """Return the mean score of all tasks at the end, and of each right after it was learned.
+
+    Raises:
+        LoricaError: the run was not scored to its end.
+    """
+    average, learned = matrix.average_accuracy, matrix.learning_accuracy
+    if average is None or learned is None:
+        raise LoricaError(f"{where}: the run was not scored to its end")
+    return average, learned
 
 
 def line(file: Path) -> str:

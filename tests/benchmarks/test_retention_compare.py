@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +12,9 @@ import yaml
 from benchmarks.retention import compare
 from benchmarks.retention.skills import SKILLS
 
-from lorica.json_file import sealed
 from lorica.methods import METHODS
 from lorica.values import read_config
+from tests.benchmarks.pretended import call, mistake, pretend_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "benchmarks" / "retention"
@@ -50,27 +49,17 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Pretend to run cells: what a cell recalls is 100 x its rate, and ``held`` diverges."""
     asked: list[tuple[str, ...]] = []
 
-    def pretend(command: list[str], **given: Any) -> SimpleNamespace:
+    def outcome(command: list[str]) -> dict[str, Any] | str:
         words = dict(zip(command[5::2], command[6::2], strict=True))
         asked.append(
             (Path(command[4]).name, Path(command[4]).parent.name, words["--methods"], words["--learning_rates"])
         )
         if words["--methods"] == "held":
-            given["stdout"].write("starting\nerror: the loss is nan\n")
-            return SimpleNamespace(returncode=1)
-        made = sealed(record(100 * float(words["--learning_rates"])))
-        file = Path(words["--output_dir"]) / "run.json"
-        file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(made))
-        return SimpleNamespace(returncode=0)
+            return "starting\nerror: the loss is nan\n"
+        return record(100 * float(words["--learning_rates"]))
 
-    monkeypatch.setattr(compare.subprocess, "run", pretend)
+    pretend_runs(monkeypatch, outcome)
     return asked
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr("sys.argv", ["compare", *map(str, words)])
-    compare.main()
 
 
 def test_the_best_cell_of_each_entry_is_measured_and_nothing_runs_twice(
@@ -79,7 +68,7 @@ def test_the_best_cell_of_each_entry_is_measured_and_nothing_runs_twice(
 ) -> None:  # fmt: skip
     out, beds = tmp_path / "out", [tmp_path / "k0", tmp_path / "k1"]
     given = ["--grid", grid, "--output_dir", out]
-    call(monkeypatch, "choose", "--beds", beds[0], *given)
+    call(monkeypatch, compare, "choose", "--beds", beds[0], *given)
     assert runs == [
         ("stream.yaml", "k0", "plain", "0.1"),
         ("stream.yaml", "k0", "plain", "0.2"),
@@ -91,12 +80,12 @@ def test_the_best_cell_of_each_entry_is_measured_and_nothing_runs_twice(
     assert "all 20.0  learned 20.0  base 20.0  skills 50.0" in told
 
     runs.clear()
-    call(monkeypatch, "measure", "--beds", beds[1], "--chosen_on", beds[0], *given)
+    call(monkeypatch, compare, "measure", "--beds", beds[1], "--chosen_on", beds[0], *given)
     assert runs == [("stream.yaml", "k1", "plain", "0.2"), ("mixed-5.yaml", "k1", "plain", "0.1")]
-    call(monkeypatch, "measure", "--beds", beds[1], "--chosen_on", beds[0], *given, "--entries", "plain")
+    call(monkeypatch, compare, "measure", "--beds", beds[1], "--chosen_on", beds[0], *given, "--entries", "plain")
     assert len(runs) == 2
 
-    call(monkeypatch, "collect", "--beds", *beds, *given, "--output", tmp_path / "kept" / "knowledge.json")
+    call(monkeypatch, compare, "collect", "--beds", *beds, *given, "--output", tmp_path / "kept" / "knowledge.json")
     kept = json.loads((tmp_path / "kept" / "knowledge.json").read_text())
     assert [(row["bed"], row["entry"], row["rate"], row["all"]) for row in kept] == [
         ("k0", "plain", 0.1, 10.0),
@@ -121,24 +110,25 @@ def test_a_mistake_ends_with_one_line(
     words: list[str], told: str, grid: Path, runs: list[tuple[str, ...]], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    with pytest.raises(SystemExit):
-        call(monkeypatch, *words, "--grid", grid, "--output_dir", tmp_path / "out")
-    error = capsys.readouterr().err
-    assert told in error
-    assert error.count("\n") == 1
+    assert told in mistake(monkeypatch, capsys, compare, *words, "--grid", grid, "--output_dir", tmp_path / "out")
     assert not runs
 
 
 FEWER = {"replay-1": 3, "replay-5": 3, "replay-20": 3, "joint": 3} | {
-    "rehearse": 2, "rehearse-light": 2, "rehearse-weight": 2, "rehearse-free": 1,
+    "rehearse": 2, "held-rehearse": 2, "rehearse-light": 2, "rehearse-weight": 2, "rehearse-free": 1,
 }  # fmt: skip
 
 
-def test_the_committed_grid_gives_every_entry_as_many_cells_and_asks_for_what_exists() -> None:
-    grid = compare.Grid.read(compare.GRID, [])
+@pytest.mark.parametrize(
+    ("file", "fewer"), [("knowledge-grid.yaml", FEWER), ("many-grid.yaml", {"replay-5": 3, "held-rehearse": 1})]
+)
+def test_the_committed_grids_give_every_entry_as_many_cells_and_ask_for_what_exists(
+    file: str, fewer: dict[str, int]
+) -> None:
+    grid = compare.Grid.read(RECIPES / file, [])
     known = read_config(RECIPES / grid.methods_file)
     for name, cells in grid.entries.items():
-        assert len(cells) == FEWER.get(name, 6), name
+        assert len(cells) == fewer.get(name, 6), name
         for cell in cells:
             METHODS[known[cell.setting]["method"]].build(known[cell.setting].get("options", {}))
 
@@ -171,11 +161,28 @@ def test_the_page_shows_the_beds_that_nothing_was_chosen_on(page: Any) -> None:
     assert page.picture(found).count("<title>") >= 4
 
 
-def test_the_committed_page_is_what_the_script_makes_of_the_results(page: Any) -> None:
-    if not page.KEPT.exists():
-        pytest.skip("no results are kept yet")
-    found = page.entries(json.loads(page.KEPT.read_text(encoding="utf-8")))
-    text = page.PAGE.read_text(encoding="utf-8")
-    for table in (page.results_table(found), page.tried_table(found)):
-        assert table in text
-    assert page.PICTURE.read_text(encoding="utf-8") == page.picture(found)
+def test_the_committed_pages_are_what_the_script_makes_of_the_results(page: Any) -> None:
+    made = page.files()
+    assert len(made) > 1, "the page and a picture"
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+
+
+def test_the_text_tables_tell_the_chosen_setting_and_every_seed(page: Any) -> None:
+    tables = importlib.import_module("retention_text")
+    tried = [
+        {"what": "tried", "entry": entry, "setting": entry, "rate": rate, "all": score, "learned": 50.0}
+        for entry, rate, score in [("good", 0.1, 60.0), ("good", 0.2, None), ("bad", 0.1, 20.0), ("bad", 0.2, 30.0)]
+    ]
+    beside = {"label": "a name", "carried": 0, "seconds": 9, "learned": 70.0}
+    measured = [
+        {"what": "measured", "entry": entry, "setting": entry, "rate": 0.1, "seed": seed, "all": score} | beside
+        for entry, seed, score in [("bad", 0, 20.0), ("good", 0, 60.0), ("good", 1, 64.0)]
+    ]
+    first, second = tables.measured_table([*tried, *measured]).splitlines()[2:]
+    assert "62.0 ± 2.8" in first, "the standard deviation of 60 and 64"
+    assert "| 20.0 |" in second
+    chosen = [line for line in tables.validated_table([*tried, *measured]).splitlines() if "chosen" in line]
+    assert len(chosen) == 2
+    assert "60.0" in chosen[0]
+    assert "30.0" in chosen[1]
