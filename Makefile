@@ -47,7 +47,7 @@ audit:
 	  || { echo "make audit: pip-audit could not be installed into $(AUDIT), which takes the network" >&2; exit 2; }
 	@$(PYTHON) scripts/audit.py $(AUDIT)/bin/pip-audit
 
-# About 50 minutes on two cores that do nothing else; what docs/results/speed holds already is not measured again.
+# About 100 minutes on two cores that do nothing else; what docs/results/speed holds already is not measured again.
 bench: export OMP_NUM_THREADS = 2
 bench: $(VENV)/.dev
 	$(BIN)/python scripts/leakage_table.py
@@ -57,6 +57,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python scripts/split_time.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/peak_memory.py
+	$(BIN)/python benchmarks/source_time.py
+	$(BIN)/python benchmarks/calibration_time.py
 	$(BIN)/python scripts/speed_page.py
 
 # The machine's own Python: its torch is the one with CUDA. Nothing is installed.
