@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.arithmetic import MODELS
 from benchmarks.measures import RESULTS, storage_bytes, unique, write_result
 from benchmarks.peak_memory import Phases
-from benchmarks.source_time import measured_bytes
 from lorica.config import UpdateConfig
 from lorica.constrain.bases import Bases
 from lorica.constrain.plan_counts import wanted
@@ -41,6 +40,7 @@ from lorica.constrain.targets import find_targets
 from lorica.forecast.dry_model import assumed_plan
 from lorica.record import Stopwatch
 from lorica.subspace.calibration import TOKENS, Batch, own_text, random_tokens
+from lorica.subspace.factor import Factors
 from lorica.subspace.measure import Sums, measure
 from lorica.subspace.plan_entry import Source
 
@@ -80,6 +80,12 @@ class Passes(list[Batch]):
         return chosen
 
 
+def measured_bytes(factors: Mapping[str, Factors]) -> int:
+    """Return the bytes of what was measured, until the bases are made of it; layers have some of it in common."""
+    sides = [side for one in factors.values() for side in (one.inputs, one.outputs) if side is not None]
+    return sum(map(storage_bytes, unique([[side.vectors_DR, side.energies_R] for side in sides])))
+
+
 def calibrated(model: LlamaForCausalLM, source: Source, decomposed: int) -> Row:
     """Calibrate a source and return its row.
 
@@ -107,7 +113,7 @@ def calibrated(model: LlamaForCausalLM, source: Source, decomposed: int) -> Row:
         "bases": phases.rows["bases"]["seconds"],
     }
     nbytes = {
-        "factors": measured_bytes(plan.with_measured(factors=factors)),
+        "factors": measured_bytes(factors),
         "bases": sum(map(storage_bytes, unique([nn.ModuleList(made_of)]))),
     }
     times = len(model.model.layers) / decomposed

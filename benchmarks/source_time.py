@@ -9,8 +9,7 @@ directions come from, and that layers with the same input have one basis of it. 
 tokens as in ``step_time.py``; the ratio is that within a round.
 
 Each then goes through the phases of ``peak_memory.py`` in a process of its own: ``peak_ratio`` compares the peak of the
-anonymous memory in three steps. ``measured_bytes`` is what the plan of a protected model keeps of the calibration, on
-the host, for the audit and the tasks to come; it is not part of the state.
+anonymous memory in three steps.
 """
 
 from __future__ import annotations
@@ -28,10 +27,9 @@ from torch import nn
 
 from benchmarks import peak_memory
 from benchmarks.contestants import SOURCE_PAIRS, SOURCES, Contestant, batches, llama
-from benchmarks.measures import ALLOCATOR, RESULTS, empty_cache, storage_bytes, unique, write_result
+from benchmarks.measures import ALLOCATOR, RESULTS, empty_cache, write_result
 from benchmarks.step_time import Configuration, race, state_after_a_step, timed_rows
 from lorica.constrain.protect import plan_of
-from lorica.subspace.plan import Plan
 
 MOST, SECONDS = 41, 150.0
 """Rounds of a pair at most, and the seconds for them."""
@@ -59,20 +57,12 @@ def pairs(shares: tuple[float, ...]) -> list[list[Contestant]]:
     ]
 
 
-def measured_bytes(plan: Plan) -> int:
-    """Return the bytes of what a plan keeps of its calibration."""
-    factors = [found for name in plan.names() if (found := plan.factors(name)) is not None]
-    sides = [side for one in factors for side in (one.inputs, one.outputs) if side is not None]
-    return sum(map(storage_bytes, unique([[side.vectors_DR, side.energies_R] for side in sides])))
-
-
 def facts(model: nn.Module) -> Row:
-    """Return what a protected model was protected by: source, constraint, degrees of freedom, what its plan keeps."""
+    """Return what a protected model was protected by: source, constraint, degrees of freedom."""
     plan = plan_of(model)
     assert plan is not None
     first = plan.entries[0]
-    return {"source": first.source, "constraint": first.constraint, "free": plan.free,
-            "measured_bytes": measured_bytes(plan)}  # fmt: skip
+    return {"source": first.source, "constraint": first.constraint, "free": plan.free}
 
 
 def timed(pair: list[Contestant], point: Point, model: nn.Module, budget: float, most: int) -> list[Row]:
@@ -112,7 +102,7 @@ def _line(row: Row) -> str:
     ratio = row["ratio"]
     time = f"step x {ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
     memory = f"state x {row['state_ratio']:.3f}, peak x {row['peak_ratio']:.3f}"
-    return f"  {row['method']}, beside weight: {time}, {memory}, keeps {row['measured_bytes'] / 1e6:.0f} MB"
+    return f"  {row['method']}, beside weight: {time}, {memory}"
 
 
 def run(points: list[Point], budget: float, most: int, folder: Path) -> None:

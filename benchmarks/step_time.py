@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from benchmarks.contestants import PLAIN, SHARES, Change, Contestant, Runner, batches, chosen, llama
 from benchmarks.measures import RESULTS, empty_cache, quartiles, state_of, write_result
-from lorica.constrain.audit import leakage
+from lorica.constrain.audit_weight import leakage
 from lorica.subspace.linalg import Split, split
 
 WARM_UP, FEWEST, MOST = 1, 3, 15

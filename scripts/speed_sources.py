@@ -18,8 +18,7 @@ def source_blocks(results: Results) -> dict[str, str]:
 
 def _steps(results: Results) -> str:
     rows = [_step_row(one, row) for one in results.sources for row in one.rows if row["source"] != "weight"]
-    header = ["width, tokens", "source", "constraint", "protected", "rounds", "step", "state", "peak of a step",
-              "kept by the plan"]  # fmt: skip
+    header = ["width, tokens", "source", "constraint", "protected", "rounds", "step", "state", "peak of a step"]
     return table(header, rows, left=3) if rows else ""
 
 
@@ -27,8 +26,7 @@ def _step_row(one: Measurement, row: Row) -> list[str]:
     ratio = row["ratio"]
     what = [one.label, f"`{row['source']}`", f"`{row['constraint']}`", f"{row['protected']:g}"]
     step = f"{ratio['median']:.3f} ({ratio['low']:.3f}-{ratio['high']:.3f})"
-    memory = [f"{row['state_ratio']:.3f}", f"{row['peak_ratio']:.3f}", size(row["measured_bytes"])]
-    return [*what, str(len(row["seconds"])), step, *memory]
+    return [*what, str(len(row["seconds"])), step, f"{row['state_ratio']:.3f}", f"{row['peak_ratio']:.3f}"]
 
 
 def _calibration(one: Measurement) -> str:

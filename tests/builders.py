@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 import lorica
+from lorica.constrain.protect import bases_of
 from lorica.methods.task import TaskData
 from lorica.subspace.plan import Plan
 from lorica.subspace.plan_entry import Constraint, PlanEntry
@@ -225,3 +226,9 @@ def task_of(model: nn.Module, index: int = 0, count: int = 2, rows: int = 12) ->
 
     data = BatchRows(model, seed=1000 + index, rows=rows)
     return TaskData(name=f"task-{index}", index=index, count=count, rows=data, collate=collate)
+
+
+def same_bases(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two models are protected by the same bases, bit for bit."""
+    mine, theirs = bases_of(one), bases_of(other)
+    return mine.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lorica
 from benchmarks.gpu.methods import adamw
 from benchmarks.gpu.workbench import Row, Workbench
-from lorica.constrain.audit import leakage
+from lorica.constrain.audit_weight import leakage
 from lorica.constrain.protect import protected_layers
 from lorica.subspace.linalg import split
 

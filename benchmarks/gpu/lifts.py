@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import lorica
 from benchmarks.gpu.hardware import float32_products
 from benchmarks.gpu.workbench import Row, Workbench
-from lorica.constrain.audit import leakage
+from lorica.constrain.audit_weight import leakage
 from lorica.constrain.protect import protected_layers
 from lorica.constrain.reduced import ORDERS, core_gradient
 from lorica.subspace.basis import Explicit, Reflector

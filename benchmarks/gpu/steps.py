@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.methods import METHODS, PLAIN, Method, adamw
 from benchmarks.gpu.models import config_of, deepen, one_layer, storage_bytes
 from benchmarks.gpu.workbench import Row, Workbench
-from lorica.constrain.audit import leakage
+from lorica.constrain.audit_weight import leakage
 from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.protect import plan_of, protected_layers
 from lorica.subspace.basis import Basis

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorica.artefacts.overlap import TOLERANCE, Overlap, overlap
-from lorica.constrain.audit import rounding_share
+from lorica.constrain.audit_weight import rounding_share
 from tests.builders import matrix
 
 

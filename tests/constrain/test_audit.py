@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim import AdamW
 
 import lorica
-from lorica.constrain import audit as auditing
-from lorica.constrain.audit import audit_weight, rounding_share
 from lorica.constrain.audit_report import TOLERANCE, AuditReport
+from lorica.constrain.audit_weight import audit_weight, rounding_share
+from lorica.constrain.audit_weight import leakage as leakage_of
 from lorica.subspace.plan_entry import PlanEntry
 from tests.builders import batch, free_part, leakage, matrix, protected_tiny, tiny, train, trainable
 
@@ -211,4 +211,4 @@ def test_a_stale_core_is_folded_before_it_is_audited() -> None:
 
 def test_the_leakage_function_checks_its_shapes() -> None:
     with pytest.raises(ValueError, match="bases do not fit"):
-        auditing.leakage(torch.ones(3, 2), torch.ones(2, 1), torch.ones(2, 1))
+        leakage_of(torch.ones(3, 2), torch.ones(2, 1), torch.ones(2, 1))

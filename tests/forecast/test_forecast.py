@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import lorica
 from lorica.cli import app
 from lorica.config import UpdateConfig
-from lorica.constrain.audit import audit_weight
+from lorica.constrain.audit_weight import audit_weight
 from lorica.errors import LoricaError
 from lorica.forecast.dry_model import assumed_plan, begin
 from lorica.forecast.ledger import Operation

@@ -154,17 +154,6 @@ def test_all_protected_moves_nothing() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_the_plan_that_the_model_holds_has_nothing_beyond_what_is_protected() -> None:
-    _, method = begun()
-    assert method.plan is not None
-    for entry in method.plan.entries:
-        found = method.plan.factors(entry.name)
-        assert found is not None
-        assert found.inputs is not None
-        assert found.outputs is not None
-        assert (found.outputs.vectors_DR.shape[1], found.inputs.vectors_DR.shape[1]) == entry.given
-
-
 def test_layers_with_the_same_input_hold_one_moment_of_it() -> None:
     model, method = begun()
     assert method.curvature is not None

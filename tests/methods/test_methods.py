@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import AdamW
 
 import lorica
-from lorica.constrain.audit import audit_weight
+from lorica.constrain.audit_weight import audit_weight
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
 from lorica.methods import METHODS, Method, Protection

@@ -30,7 +30,7 @@ from lorica.subspace.answers import answer_length, own_answers
 from lorica.subspace.calibration import own_text
 from lorica.training.arguments import training_arguments
 from lorica.training.models import load_model_config, load_tokenizer
-from tests.builders import task_of, tiny
+from tests.builders import same_bases, task_of, tiny
 from tests.experiments.conftest import Write, run, write  # noqa: F401
 from tests.methods.little_text import little_text  # noqa: F401
 from tests.methods.test_rehearsal import INPUTS, changed, dense, update
@@ -223,13 +223,12 @@ def test_an_encoder_decoder_rehearses_its_answers() -> None:
 @pytest.mark.parametrize("options", [{}, {"rehearse": 1.0, "rehearse_tokens": 100}], ids=["alone", "rehearsed"])
 def test_the_answers_calibrate_in_place_of_text_from_bos(family: str, options: dict[str, Any]) -> None:
     tokens = {} if not options else {"tokens": 100 if family == "t5" else 50}
-    method = begun(family, source="curvature", **options)
-    batches = own_answers(writer(family), PROMPTS, **tokens)
-    same = lorica.plan(writer(family), source="curvature", calibration=batches)
-    for entry in same.entries:
-        mine, theirs = (plan.factors(entry.name) for plan in (method.plan, same))
-        assert torch.equal(mine.inputs.energies_R, theirs.inputs.energies_R)
-        assert torch.equal(mine.outputs.energies_R, theirs.outputs.energies_R)
+    method = METHODS["osft"].build({"prompts": PROMPTS, "source": "curvature"} | options)
+    model, alike = writer(family), writer(family)
+    method.begin_task(model, task_of(model, 0, 1))
+    batches = own_answers(alike, PROMPTS, **tokens)
+    lorica.protect(alike, lorica.plan(alike, source="curvature", calibration=batches))
+    assert same_bases(model, alike)
 
 
 @pytest.mark.parametrize(

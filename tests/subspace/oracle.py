@@ -29,7 +29,7 @@ def everything(layers: Mapping[str, nn.Module]) -> dict[str, Wanted]:
 def by_brute_force(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Batches, masks: Sequence[Masks], seed: int = 0
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return A and B of each layer, one outer product after the other.
+    """Return A, a mean over positions, and B, a sum over them by predictions, one outer product after the other.
 
     Args:
         masks: for each batch which positions count: of the ``encoder``, of the rest (``main``), and which are
@@ -42,6 +42,7 @@ def by_brute_force(
         for name, layer in layers.items()
     ]
     rows: dict[str, list[list[Tensor]]] = {name: [[], []] for name in layers}
+    predictions = sum(int(mask["predicted"].sum()) for mask in masks)
     for number, (batch, mask) in enumerate(zip(batches, masks, strict=True)):
         caught.clear()
         logits_RV = logits_of(model(**batch))[mask["predicted"]]
@@ -57,7 +58,7 @@ def by_brute_force(
                 side.extend(row for row, kept in zip(flat, keep, strict=True) if kept)
     for handle in handles:
         handle.remove()
-    return {name: (mean_square(x), mean_square(g)) for name, (x, g) in rows.items()}
+    return {name: (mean_square(x), mean_square(g) * len(g) / predictions) for name, (x, g) in rows.items()}
 
 
 def logits_of(output: Any) -> Tensor:

@@ -18,6 +18,7 @@ from lorica.errors import LoricaError
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.measure import Moment, Wanted, from_sketch, measure, random_basis, sketch_size
 from lorica.subspace.observe import within_memory
+from lorica.subspace.prediction import expected_divergence
 from tests.builders import matrix, tiny
 from tests.subspace.oracle import Batches, Masks, by_brute_force, everything, mean_square, planned
 
@@ -163,6 +164,33 @@ def test_labels_are_sampled_from_the_model_and_not_those_given() -> None:
     fisher, missed = p.diag() - torch.outer(p, p), p - torch.eye(4, dtype=torch.float64)[0]
     torch.testing.assert_close(found.matrix(), fisher, rtol=0, atol=0.01)
     assert (found.matrix() - torch.outer(missed, missed)).abs().max() > 0.1
+
+
+class First(nn.Module):
+    """A classifier of the first position of each text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[:, 0]
+
+
+@pytest.mark.parametrize("length", [1, 16])
+def test_what_a_change_does_to_a_prediction_does_not_depend_on_how_long_its_text_is(length: int) -> None:
+    """The mean KL(p || q) of the predictions, for a small change of the weight, is tr(B D A D^T) / 2."""
+    torch.manual_seed(0)
+    model, x = First(), matrix(1, 6, 1, torch.float64).expand(20_000, length, 6)
+    wanted = {"layer": Wanted((4, 6), inputs=6, outputs=4)}
+    found = measure(model, {"layer": model.layer}, [{"x": x}], wanted)["layer"]
+    delta = 1e-2 * matrix(4, 6, 2, torch.float64)
+    with torch.no_grad():
+        before = model(x[:1]).log_softmax(-1)
+        model.layer.weight += delta
+        after = model(x[:1]).log_softmax(-1)
+    divergence = float((before.exp() * (before - after)).sum())
+    assert expected_divergence(found, delta) == pytest.approx(divergence, rel=0.03)
 
 
 def test_data_that_is_known_by_heart_has_curvature_all_the_same() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorica.artefacts.file import Update
 from lorica.artefacts.overlap import Overlap, overlap
-from lorica.constrain.audit import rounding_share
+from lorica.constrain.audit_weight import rounding_share
 from lorica.constrain.checkpoint import TRANSPOSED_FAMILIES, Weights
 from lorica.errors import LoricaError
 

@@ -17,6 +17,7 @@ VERDICTS = {
     "LEAKS": "{} weights leak",
     "holds": "the constraint holds in {} weights",
     "cannot be told at this dtype": "it cannot be told at this dtype in {} weights, which changed too little for it",
+    "cannot be told without the directions": "it cannot be told without the directions in {} weights",
     "nothing changed": "nothing changed in {} weights",
     "nothing is protected": "nothing is protected in {} weights",
 }
@@ -31,7 +32,8 @@ class AuditRow:
 
     Attributes:
         leak_u, leak_v: share of the stored change in protected output / input directions; for ``block`` both
-            are the share of ``U^T D V``. None for a side that the plan does not protect.
+            are the share of ``U^T D V``. None for a side that the plan does not protect, or of which nothing can be
+            told without its directions (see ``audit_by_rank``).
         unconstrained_u, unconstrained_v: what a random change of this shape would have.
         floor_u, floor_v: what rounding to the stored dtype alone would cause.
         relative_change: |D| / |W before|.
@@ -77,7 +79,7 @@ class AuditRow:
     def verdict(self) -> str:
         """What can be said of this weight, one of ``VERDICTS``."""
         if self.leak_u is None and self.leak_v is None:
-            return "nothing is protected"
+            return "cannot be told without the directions" if self.k else "nothing is protected"
         if not self.holds:
             return "LEAKS"
         if self.relative_change == 0:

@@ -146,7 +146,8 @@ def freeze_all_but(model: nn.Module, plan: Plan, weights: Sequence[nn.Parameter]
         parameter.requires_grad_(False)
     for parameter in (*weights, *also):
         parameter.requires_grad_(True)
-    setattr(model, _RECORD, (plan, trainable))
+    bare = plan.with_measured(factors={})  # the bases are made of what was measured, which is as large as they are
+    setattr(model, _RECORD, (bare, trainable))
 
 
 def fitting_targets(model: nn.Module, plan: Plan) -> dict[str, nn.Linear | Conv1D]:
@@ -266,6 +267,6 @@ def protected_of(layer: SubspaceLayer) -> Protected:
 
 
 def plan_of(model: nn.Module) -> Plan | None:
-    """Return the plan a model is protected by, or None."""
+    """Return the plan a model is protected by, without what was measured for it, or None."""
     record = getattr(model, _RECORD, None)
     return None if record is None else record[0]

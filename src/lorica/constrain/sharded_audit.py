@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lorica import processes
-from lorica.constrain.audit import audit_weight
 from lorica.constrain.audit_report import AuditRow
+from lorica.constrain.audit_weight import audit_weight
 from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.protect import protected_of
 from lorica.constrain.reduced import lift
@@ -35,12 +35,9 @@ def audit_sharded(layers: Mapping[str, SubspaceLayer], plan: Plan) -> list[Audit
     entries = {entry.name: entry for entry in plan.entries}
     own = []
     for name, before, after, delta in _own(layers):
-        entry, factors = entries[name], plan.factors(name)
-        gone = entry.source in MEASURED and factors is None  # measured in the process that the bases are from
-        held = protected_of(layers[name]) if gone else None
-        row = audit_weight(
-            before, after, entry, factors, plan.learned(name), master_delta_MN=delta, directions=held
-        )  # fmt: skip
+        entry = entries[name]
+        held = protected_of(layers[name]) if entry.source in MEASURED else None  # what was measured is in the bases
+        row = audit_weight(before, after, entry, None, plan.learned(name), master_delta_MN=delta, directions=held)
         own.append(asdict(row))
     told = {row["name"]: row | {"shape": tuple(row["shape"])} for part in processes.gathered(own) for row in part}
     return [AuditRow(**told[name]) for name in entries if name in told]

@@ -75,13 +75,13 @@ def sums_at_owners(model: nn.Module, layers: Mapping[str, nn.Module]) -> Callabl
 def _add_up_at_owner(
     moment: Moment, group: dist.ProcessGroup, owner: int, replicas: Sequence[dist.ProcessGroup]
 ) -> None:
-    counts = torch.tensor([moment.trace, moment.rows], dtype=torch.float64, device=moment.sum.device)
+    counts = torch.tensor([moment.trace, moment.count], dtype=torch.float64, device=moment.sum.device)
     for tensor in (moment.sum, counts):
         dist.reduce(tensor, group=group, group_dst=owner)
         if group.rank() == owner:
             for owners in replicas:
                 dist.all_reduce(tensor, group=owners)
-    moment.trace, moment.rows = float(counts[0]), int(counts[1])
+    moment.trace, moment.count = float(counts[0]), int(counts[1])
 
 
 def check_numbers(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from lorica.constrain.audit import rounding_share
+from lorica.constrain.audit_weight import rounding_share
 from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.protect import bases_of, protected_layers
 from lorica.forecast.dry_run import Step

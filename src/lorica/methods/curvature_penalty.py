@@ -90,7 +90,7 @@ class CurvaturePenalty:
         strength * sum over the weights of tr(B D A D^T) / 2
       = strength * sum over the weights of tr((Q_U^T B Q_U) M (Q_V^T A Q_V) M^T) / 2
 
-    to second order ``strength`` times the mean KL(p || q) at a position of what calibrates. Where a model is certain of
+    to second order ``strength`` times the mean KL(p || q) of what calibrates. Where a model is certain of
     what it says its curvature vanishes, though a large enough change breaks it; so what holds is a strength of
     hundreds and more. It depends on the core alone: no row and no text goes through the model for it.
 

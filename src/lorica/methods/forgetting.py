@@ -72,13 +72,10 @@ class Foresight:
 
     Attributes:
         factors: A and B of each weight on the text that calibrates, on the CPU; together no larger than the weights.
-        positions: positions of that text for each of its predictions: the factors are means over positions, of
-            gradients of the sum over predictions.
         aside: other text, with what was predicted there.
     """
 
     factors: dict[str, Factors]
-    positions: float
     aside: Rehearsal
 
     @classmethod
@@ -98,9 +95,8 @@ class Foresight:
         text = own_text(model, needed_by=NEEDED_BY, instead=INSTEAD)
         weights = [model.get_submodule(entry.name).get_parameter("weight") for entry in entries]
         factors = both_factors(model, entries, text, sum(weight.nbytes for weight in weights))
-        positions, predictions = (sum(int(one["attention_mask"][:, at:].sum()) for one in text) for at in (0, 1))
         other = own_text(model, tokens=TOKENS, seed=ASIDE + seed, needed_by=NEEDED_BY, instead=INSTEAD)
-        return cls(factors, positions / predictions, Rehearsal.of(model, other, ratio=1.0, weight=1.0))
+        return cls(factors, Rehearsal.of(model, other, ratio=1.0, weight=1.0))
 
     def outcome(self, model: Any, changes: Iterable[Change]) -> Forgetting:
         """Return what became of it.
@@ -114,7 +110,7 @@ class Foresight:
         for entry, before_MN, after_MN, directions in changes:
             factors, kind = self.factors[entry.name], kind_of(entry.name)
             delta_MN = after_MN.double() - before_MN.to(after_MN.device).double()
-            moved[kind] = moved.get(kind, 0.0) + self.positions * expected_divergence(factors, delta_MN)
+            moved[kind] = moved.get(kind, 0.0) + expected_divergence(factors, delta_MN)
             outlooks.append(Outlook.of(factors, directions, entry.constraint))
         tokens = self.aside.positions
         shares = Outlook.together(outlooks).to_json()

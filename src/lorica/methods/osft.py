@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorica.constrain.audit import audit_weight
 from lorica.constrain.audit_report import AuditReport
+from lorica.constrain.audit_weight import audit_weight
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.optimizer import Block, ConstrainedOptimizer, WeightConstraint, block_constraints
 from lorica.constrain.planning import plan
@@ -90,8 +90,6 @@ class OSFT(Method):
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
         self.rehearsal, texts = written(model, self.protection, task, calibrates=self.kept is None, progress=progress)
         self.plan = made = self._plan(model, task.index, texts)
-        if self.protection.curvature_penalty:
-            self.plan = made.narrowed()  # the model holds its plan, and what lies beyond it is needed once
         self.forgetting = None
         if self.protection.predict_forgetting:
             self._foresight = Foresight.of(model, self.plan.entries, task.seed + task.index)
@@ -103,6 +101,7 @@ class OSFT(Method):
             protect(model, self.plan, memory=self.protection.memory_mode, progress=progress, kept=self.kept)
         if self.protection.curvature_penalty:
             self.curvature = self._curvature(model, made)
+        self.plan = made.with_measured(factors={})  # the bases are made of it, and it is as large as they are
         if self._constraints is not None or self.protection.protect_learned or self._foresight is not None:
             dense = [name for name in self.plan.names() if name not in protected_layers(model)]
             self._before = {name: matrix_of(model.get_submodule(name)).detach().clone() for name in dense}
@@ -210,21 +209,18 @@ class OSFT(Method):
             return AuditReport(audit_sharded(layers, self.plan))
         rows = []
         for entry in self.plan.entries:
-            factors, learned = self.plan.factors(entry.name), self.plan.learned(entry.name)
-            gone = entry.source in MEASURED and factors is None  # measured in the process that the bases are from
+            learned, measured = self.plan.learned(entry.name), entry.source in MEASURED
             if entry.name in layers:
                 layer = layers[entry.name]
                 layer.refresh()
                 before, after, master = layer.base, layer.matrix, layer.delta()
-                held = protected_of(layer) if gone else None
-                rows.append(
-                    audit_weight(before, after, entry, factors, learned, master_delta_MN=master, directions=held)
-                )
+                held = protected_of(layer) if measured else None
+                rows.append(audit_weight(before, after, entry, None, learned, master_delta_MN=master, directions=held))
             elif entry.name in self._before:
                 before, after = self._before[entry.name], matrix_of(model.get_submodule(entry.name)).detach()
-                block = self._block(model, entry.name) if gone else None
+                block = self._block(model, entry.name) if measured else None
                 held = None if block is None else Protected(block.u.double(), block.v.double())
-                rows.append(audit_weight(before, after, entry, factors, learned, directions=held))
+                rows.append(audit_weight(before, after, entry, None, learned, directions=held))
         return AuditReport(rows)
 
     def end_task(self, model: nn.Module, task: TaskData) -> None:

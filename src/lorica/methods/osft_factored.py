@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorica.constrain.audit import audit_weight
 from lorica.constrain.audit_report import AuditReport
+from lorica.constrain.audit_weight import audit_weight
 from lorica.constrain.factored import START, FactoredLinear
 from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import matrix_of

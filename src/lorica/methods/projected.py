@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorica.constrain.audit import audit_weight
 from lorica.constrain.audit_report import AuditReport
+from lorica.constrain.audit_weight import audit_weight
 from lorica.constrain.linear import WRAPPERS, matrix_of
 from lorica.constrain.optimizer import ConstrainedOptimizer, JointConstraint, WeightConstraint
 from lorica.constrain.projections import Sides, SidesBlock

@@ -127,12 +127,12 @@ class Factor:
 class Factors:
     """What was measured of one layer; None: not measured.
 
-    ``E[g g^T] kron E[x x^T]`` is the K-FAC form of the Fisher matrix of its weight, so that a change D raises the
-    loss by about ``tr(B D A D^T) / 2``.
+    ``B kron A`` is the K-FAC form of the Fisher matrix of its weight, so that a change D moves a prediction by about
+    ``tr(B D A D^T) / 2``.
 
     Attributes:
-        inputs: A, of the layer's inputs x.
-        outputs: B, of the gradients g of the loss by the layer's outputs.
+        inputs: A, the mean of x x^T over the positions that the layer sees.
+        outputs: B, the sum of g g^T over them for each prediction, g the gradient of its loss by the layer's outputs.
     """
 
     inputs: Factor | None = None

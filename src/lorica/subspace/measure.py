@@ -1,4 +1,4 @@
-"""The Kronecker factors of every layer, from one pass over calibration inputs: A = E[x x^T] and B = E[g g^T].
+"""The Kronecker factors of every layer, from one pass over calibration inputs: A of what goes in, B of gradients.
 
 Shape suffixes: D the dimension of one side, R rows (positions that count), S columns of a sketch, V the vocabulary.
 """
@@ -49,7 +49,7 @@ class Moment:
         test_DS: O, orthonormal columns, of a sketch.
         sum: D x D, or D x S of a sketch.
         trace: sum of ``|x|^2``.
-        rows: how many rows were summed.
+        count: what the mean is over: the rows; of gradients, in the end, the predictions that they are of.
         kept_as: dtype of the directions that are made of it: float64 for rows of float64, else float32.
     """
 
@@ -58,7 +58,7 @@ class Moment:
     test_DS: Tensor | None = None
     kept_as: torch.dtype = torch.float32
     trace: float = 0.0
-    rows: int = 0
+    count: int = 0
 
     @classmethod
     def empty(cls, dim: int, rank: int, device: torch.device, test: RandomBasis) -> Moment:
@@ -74,15 +74,15 @@ class Moment:
         x = x_RD.detach().double()
         self.sum.addmm_(x.T, x if self.test_DS is None else x @ self.test_DS)
         self.trace += float(x.square().sum())
-        self.rows += len(x)
+        self.count += len(x)
 
     def factor(self, earlier: Factor | None = None) -> Factor:
-        """Return the factor of the mean over the rows, on the CPU.
+        """Return the factor of the mean, on the CPU.
 
         Args:
             earlier: sum of factors of trace 1; each counts as much as what was summed here.
         """
-        mean, trace = self.sum / self.rows, self.trace / self.rows
+        mean, trace = self.sum / self.count, self.trace / self.count
         more = earlier.scaled(trace) if earlier is not None else None
         if self.test_DS is None:
             return Factor.of(mean if more is None else mean + more.matrix().to(mean), self.rank).aside(self.kept_as)
@@ -149,9 +149,12 @@ def measure(
 ) -> dict[str, Factors]:
     """Return the factors of each layer over the positions that count (see ``Positions``).
 
-    The gradients g are those of ``-log p(y)``, summed over the positions of the batch, where y is sampled from the
-    model's own prediction at each position: then ``E[g g^T]`` belongs to the Fisher matrix, whose quadratic form is
-    how far the model's predictions move, in nats. With the true labels it would vanish where the data is learned.
+        A = sum x x^T / positions        B = sum g g^T / predictions        sums over the positions
+
+    The gradients g are those of ``-log p(y)``, summed over the predictions of the batch, where y is sampled from the
+    model's own prediction: then ``B kron A`` belongs to the Fisher matrix, whose quadratic form is how far one of the
+    model's predictions moves, in nats. With the true labels it would vanish where the data is learned. A text of many
+    positions may have one prediction (a classifier's) or most of them; the sums over its positions are of both.
     No gradient of a parameter is computed or touched, and the model's mode and flags are as before.
 
     As many layers are measured in one pass over the batches as ``MOMENT_BYTES`` allow. Layers with the same input get
@@ -189,6 +192,7 @@ def _pass(
 ) -> Sums:
     sums: Sums = {name: {} for name in layers}
     passing: list[Positions] = []
+    predictions = 0
     test = cache(random_basis)  # held once for all sketches of one size
 
     def add(name: str, side: str, rows: Tensor) -> None:
@@ -213,18 +217,22 @@ def _pass(
             output = model(**passing[0].inputs)
             _check_finite(sums)
             if backward:
-                loss = _sampled_loss(model, output, passing[0], seed + number)
-                if loss.requires_grad:  # else no layer reaches it, which is told below
-                    loss.backward()
+                losses = _sampled_losses(model, output, passing[0], seed + number)
+                predictions += len(losses)
+                if losses.requires_grad:  # else no layer reaches it, which is told below
+                    losses.sum().backward()
     _check_finite(sums)
     for side in ("inputs", "outputs"):
         rows = {name: _rows(sums[name], side) for name in layers if getattr(wanted[name], side) is not None}
         check_all_seen(rows, side)
+    for sides in sums.values():
+        if "outputs" in sides:
+            sides["outputs"].count = predictions
     return sums
 
 
 def _rows(sides: Mapping[str, Moment], side: str) -> int:
-    return sides[side].rows if side in sides else 0
+    return sides[side].count if side in sides else 0
 
 
 def _check_finite(sums: Sums) -> None:
@@ -238,8 +246,8 @@ def _check_finite(sums: Sums) -> None:
                 )
 
 
-def _sampled_loss(model: nn.Module, output: Any, positions: Positions, seed: int) -> Tensor:
-    """Return ``-log p(y)``, summed over the predictions that count, y drawn from p."""
+def _sampled_losses(model: nn.Module, output: Any, positions: Positions, seed: int) -> Tensor:
+    """Return ``-log p(y)`` of each of the predictions that count, y drawn from p."""
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if logits is None:
         raise LoricaError(f"{type(model).__name__} predicts nothing (no logits), so that its loss has no curvature")
@@ -250,7 +258,7 @@ def _sampled_loss(model: nn.Module, output: Any, positions: Positions, seed: int
         raise LoricaError("what the model predicts on the calibration inputs is NaN or inf")
     generator = torch.Generator(logits.device).manual_seed(seed)
     drawn = torch.multinomial(p_RV, 1, generator=generator)[:, 0]
-    return nn.functional.cross_entropy(logits_RV, drawn, reduction="sum")
+    return nn.functional.cross_entropy(logits_RV, drawn, reduction="none")
 
 
 @contextmanager

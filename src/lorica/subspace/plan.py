@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, model_
 from lorica.errors import LoricaError, did_you_mean, one_line
 from lorica.files import write_text
 from lorica.json_file import read_json
-from lorica.subspace.factor import Factor, Factors
+from lorica.subspace.factor import Factors
 from lorica.subspace.linalg import Pair
 from lorica.subspace.plan_entry import PlanEntry
 
@@ -88,20 +87,6 @@ class Plan(BaseModel):
             result._learned = dict(learned)
             result.entries = [_with_learned(entry, learned.get(entry.name)) for entry in self.entries]
         return result
-
-    def narrowed(self) -> Plan:
-        """Return a copy whose measured factors hold no more directions than are protected."""
-
-        @cache  # what layers have in common stays one
-        def cut(factor: Factor | None, k: int) -> Factor | None:
-            return None if factor is None else factor.cut_to(k)
-
-        def both(entry: PlanEntry, found: Factors) -> Factors:
-            k_u, k_v = entry.given
-            return Factors(inputs=cut(found.inputs, k_v), outputs=cut(found.outputs, k_u))
-
-        measured = ((entry, self.factors(entry.name)) for entry in self.entries)
-        return self.with_measured(factors={one.name: both(one, found) for one, found in measured if found is not None})
 
     def records(self) -> list[dict[str, Any]]:
         """Return the entries with what follows from them, as plain dictionaries for the run record."""

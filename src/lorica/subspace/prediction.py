@@ -66,7 +66,7 @@ def energy_shares(factor: Factor, basis_DK: Tensor) -> EnergyShares | None:
 def expected_divergence(factors: Factors, delta_MN: Tensor) -> float:
     """Return how far a model's predictions are expected to move by a change D of one weight.
 
-        E KL(p || q) ~ tr(B D A D^T) / 2        nats per position
+        E KL(p || q) ~ tr(B D A D^T) / 2        nats per prediction
 
     with p the predictions before and q those after. To second order in D, and as far as the Fisher matrix of the weight
     is ``B kron A``.

@@ -39,7 +39,7 @@ def protected_directions(
 
     ``weight``: the top k left and right singular vectors of W. ``activation``: the top k eigenvectors of
     the input second moment A = E[x x^T], for the input side. ``curvature``: these, and for the output side the top
-    ones of the second moment B = E[g g^T] of the loss's gradients by the outputs. ``hybrid``: for the input side
+    ones of the second moment B of the loss's gradients g by the outputs. ``hybrid``: for the input side
     singular vectors and eigenvectors of A, see ``hybrid_inputs``; for the output side the top k left singular
     vectors. To these are added the directions that finished tasks learned in: ``U = orth([U_source, P])``,
     ``V = orth([V_source, R])``.
