@@ -39,7 +39,9 @@ ROOMS: dict[str, set[str]] = {
     "training": BASE | {"subspace", "constrain", "data"},
     "analysis": BASE | {"subspace", "constrain", "data", "evaluation", "training", "report", "record"},
     "artefacts": BASE | {"subspace", "constrain", "record"},
-    "forecast": BASE | {"subspace", "constrain", "data", "methods", "training", "record", "inputs", "lineage"},
+    "forecast": BASE
+    | {"subspace", "constrain", "data", "methods", "training", "record", "inputs", "lineage", "preset"},
+    "preset": BASE | {"training"},
     "report": BASE,
 }
 """What each room may import besides itself. Files that are not listed (the story and the commands) may import all."""

@@ -75,6 +75,11 @@ class UpdateConfig(BaseModel):
     method_options: dict[str, Any] = {}
     """NAME=VALUE: options of the method that are not below, such as r=16 for lora. Repeatable."""
 
+    preset: Literal["paper", "retain"] = "paper"
+    """paper: every option as it stands here. retain: what kept most in our comparisons, of what is not given itself:
+    source curvature, unfreeze_rank_ratio 0.5, remember_tasks, curvature_penalty 300, rehearse 0.5 and rehearse_prompts
+    0.1, as far as the model writes text."""
+
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
     """Share of each weight's directions that may change: 0 nothing, 1 everything; 0.25 if nothing is given."""
 

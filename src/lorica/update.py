@@ -30,6 +30,7 @@ from lorica.lineage import (
 from lorica.memory import size_of
 from lorica.methods import METHODS, TaskData, build_method
 from lorica.methods.protection import given_options
+from lorica.preset import with_preset
 from lorica.record import Stopwatch, peak_cuda_memory, peak_memory, write_record
 from lorica.redaction import cleaned
 from lorica.report import write_report
@@ -108,6 +109,7 @@ class Update:
         self.plan = Plan.load(config.plan_file) if config.plan_file else None
         self.tokenizer = load_tokenizer(config)
         self.model_config = load_model_config(config)
+        self.config = config = with_preset(config, self.model_config)
         self.seq2seq = bool(self.model_config.is_encoder_decoder)
         self.arguments = training_arguments(
             config.training, config.output_dir, hidden_size=model_width(self.model_config), seq2seq=self.seq2seq,

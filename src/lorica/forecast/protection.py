@@ -20,6 +20,7 @@ from lorica.lineage import read_lineage
 from lorica.methods import TaskData, build_method
 from lorica.methods.osft import OSFT, default_calibration
 from lorica.methods.protection import given_options
+from lorica.preset import with_preset
 from lorica.subspace.answers import own_answers
 from lorica.subspace.calibration import Batch
 from lorica.subspace.factor import Factors
@@ -86,6 +87,7 @@ def measured(config: UpdateConfig) -> list[Protection]:
     if settings.method != "osft":
         raise LoricaError(f"--measure looks at the plan of method osft; --method {settings.method} has none")
     model_config = load_model_config(settings)
+    settings = with_preset(settings, model_config)
     model = load_model(settings, model_config, device_of(settings))
     lineage = read_lineage(settings.model_name_or_path)
     method = _method(settings, model_config)

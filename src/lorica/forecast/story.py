@@ -36,6 +36,7 @@ from lorica.forecast.result import Forecast, Way
 from lorica.inputs import Inputs
 from lorica.lineage import read_lineage
 from lorica.methods import METHODS, TaskData
+from lorica.preset import with_preset
 from lorica.training.arguments import training_arguments
 from lorica.training.deepspeed import undivided
 from lorica.training.models import load_model_config, model_width, pinned
@@ -66,6 +67,7 @@ def forecast(
     """
     settings = pinned(config if isinstance(config, UpdateConfig) else build_forecast_config(dict(config)))
     run = _Run(settings, machine, inputs)
+    settings = run.settings
     ways = [run.way(settings)]
     if settings.method != "seqft":
         ways.append(run.way(_plain(settings)))
@@ -93,7 +95,8 @@ def expected(config: UpdateConfig, inputs: Inputs, layout: Layout | None = None)
     Raises:
         LoricaError: see ``forecast``.
     """
-    return _Run(config, unmeasured_machine(device_of(config)), inputs, layout).way(config)
+    run = _Run(config, unmeasured_machine(device_of(config)), inputs, layout)
+    return run.way(run.settings)
 
 
 def device_of(config: UpdateConfig) -> str:
@@ -112,7 +115,9 @@ def least_disk(config: UpdateConfig, inputs: Inputs) -> Disk | None:
 
 def _plain(settings: UpdateConfig) -> UpdateConfig:
     """Return the configuration of plain fine-tuning of the same weights."""
-    return settings.model_copy(update={"method": "seqft", "method_options": {}, "memory_mode": "fast"})
+    return settings.model_copy(
+        update={"method": "seqft", "method_options": {}, "memory_mode": "fast", "remember_tasks": False}
+    )
 
 
 class _Run:
@@ -121,8 +126,8 @@ class _Run:
     def __init__(
         self, settings: UpdateConfig, machine: Machine | None, inputs: Inputs | None, layout: Layout | None = None
     ) -> None:
-        self.settings = settings
         self.model_config = load_model_config(settings)
+        self.settings = settings = with_preset(settings, self.model_config)
         self.arguments = training_arguments(
             undivided(settings.training), settings.output_dir, hidden_size=model_width(self.model_config),
             seq2seq=bool(self.model_config.is_encoder_decoder),

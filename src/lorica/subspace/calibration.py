@@ -99,7 +99,7 @@ def first_token(model: Any, needed_by: str, instead: str) -> int:
     """
     if not is_causal(model):
         raise LoricaError(f"{needed_by} is for causal models, which write text by themselves; {instead}")
-    tokens = _known(model, model.config.bos_token_id) + end_tokens(model)
+    tokens = _known(model, getattr(model.config, "bos_token_id", None)) + end_tokens(model)
     if not tokens:
         raise LoricaError(
             f"{needed_by} needs a model with a bos_token_id or eos_token_id in its vocabulary to begin at; {instead}"

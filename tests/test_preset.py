@@ -1,0 +1,142 @@
+"""What ``--preset retain`` stands for: all that keeps, as far as a model and the other options can have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2Config, LlamaConfig, T5Config
+
+from lorica.config import UpdateConfig, build_config
+from lorica.errors import LoricaError
+from lorica.forecast.options import build_forecast_config
+from lorica.forecast.story import forecast
+from lorica.preset import RETAIN, with_preset
+from lorica.update import train
+from tests.training.conftest import llama_folder, rows  # noqa: F401
+
+LLAMA = LlamaConfig(vocab_size=61, bos_token_id=1, eos_token_id=2)
+T5 = T5Config(vocab_size=61)
+NEEDED = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
+
+
+def filled(model: Any = LLAMA, **options: Any) -> UpdateConfig:
+    return with_preset(build_config(NEEDED | {"preset": "retain"} | options), model)
+
+
+def decided(config: UpdateConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in RETAIN}
+
+
+def test_a_model_that_writes_gets_all_of_it() -> None:
+    config = filled()
+    assert decided(config) == RETAIN
+    assert config.calibration is None
+
+
+def test_the_papers_form_is_what_the_options_say_by_themselves() -> None:
+    plain = build_config(NEEDED)
+    assert with_preset(plain, LLAMA) is plain
+    assert decided(plain) == {
+        "source": "weight", "unfreeze_rank_ratio": None, "remember_tasks": False, "curvature_penalty": 0.0,
+        "rehearse": 0.0, "rehearse_prompts": 0.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [
+        {"effective_rank": 3},
+        {"osft_unfreeze_rank_ratio": 0.2},
+        {"rank_schedule": [0.3, 0.6]},
+        {"unfreeze_rank_ratio": 0.1},
+        {"ranks": "marginal", "expected_forgetting": 0.1},
+    ],
+    ids=str,
+)
+def test_an_amount_that_is_given_stays(amount: dict[str, Any]) -> None:
+    assert decided(filled(**amount)) == RETAIN | {"unfreeze_rank_ratio": amount.get("unfreeze_rank_ratio")}
+
+
+def test_what_is_given_stays_even_where_it_is_an_options_own_default() -> None:
+    given = {"rehearse": 0.0, "rehearse_prompts": 0.0, "curvature_penalty": 50.0, "remember_tasks": False}
+    assert decided(filled(**given)) == RETAIN | given
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"constraint": "input"}, {"constraint": "block"}, {"rank_pattern": {"q_proj": 0}}, {"rank_schedule": [0.0, 0.5]}],
+    ids=str,
+)
+def test_no_penalty_where_it_is_not_defined(options: dict[str, Any]) -> None:
+    assert filled(**options).curvature_penalty == 0
+
+
+@pytest.mark.parametrize(
+    "model",
+    [T5, GPT2Config(vocab_size=61), LlamaConfig(vocab_size=61, bos_token_id=None, eos_token_id=None)],
+    ids=["encoder-decoder", "tokens outside of the vocabulary", "no such tokens"],
+)
+def test_a_model_that_begins_no_text_rehearses_none(model: Any) -> None:
+    config = filled(model)
+    assert decided(config) == RETAIN | {"rehearse": 0.0, "rehearse_prompts": 0.0}
+    assert config.calibration == "random"
+    assert filled(model, calibration_file="c").calibration is None
+
+
+def test_an_encoder_decoder_rehearses_answers_to_prompts() -> None:
+    config = filled(T5, prompts_file="p")
+    assert decided(config) == RETAIN | {"rehearse_prompts": 0.0}
+    assert config.calibration is None
+
+
+def test_one_of_several_ends_of_a_text_is_enough() -> None:
+    assert decided(filled(LlamaConfig(vocab_size=61, bos_token_id=None, eos_token_id=[99, 2]))) == RETAIN
+
+
+def test_a_sharded_model_gets_the_directions_alone() -> None:
+    config = filled(fsdp="full_shard")
+    none = {"remember_tasks": False, "curvature_penalty": 0.0, "rehearse": 0.0, "rehearse_prompts": 0.0}
+    assert decided(config) == RETAIN | none
+    assert config.calibration == "random"
+
+
+@pytest.mark.parametrize("model", [LLAMA, T5])
+@pytest.mark.parametrize("options", [{}, {"effective_rank": 3}, {"fsdp": "full_shard"}], ids=str)
+def test_filling_in_twice_changes_nothing(model: Any, options: dict[str, Any]) -> None:
+    once = filled(model, **options)
+    assert with_preset(once, model) == once
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "lora"}, "--preset retain is for method osft, not lora; leave it out"),
+        ({"plan_file": "p"}, "--preset retain and --plan_file both say what is protected"),
+        ({"source": "weight"}, "protects by source curvature; leave it or --source weight out"),
+        ({"ranks": "energy"}, "does not go with --ranks energy"),
+    ],
+)
+def test_what_contradicts_it_is_refused(options: dict[str, Any], told: str) -> None:
+    with pytest.raises(LoricaError, match=told):
+        filled(**options)
+    assert filled(source="curvature").source == "curvature"
+
+
+def test_an_update_under_it_is_recorded_and_foretold(
+    llama_folder: Path, rows: Callable[..., str], tmp_path: Path
+) -> None:
+    given = {"model_name_or_path": str(llama_folder), "train_file": rows("new"), "preset": "retain"}
+    given |= {"rehearse_tokens": 200, "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    told: list[str] = []
+    record = train(given | {"output_dir": str(tmp_path / "out")}, say=told.append)
+    assert {name: record["config"][name] for name in RETAIN} == RETAIN
+    assert {entry["source"] for entry in record["plan"]} == {"curvature"}
+    assert record["carried_bytes"] > 0
+    assert all(row["holds"] for row in record["leakage"])
+    assert "rehearsal: the model first writes 200 tokens of text of its own" in told
+    foreseen = forecast(build_forecast_config({name: value for name, value in given.items() if name != "train_file"}))
+    assert "curvature" in foreseen.ways[0].peak.device
+    assert any(note.startswith("rehearse:") for note in foreseen.notes)
