@@ -163,7 +163,8 @@ class UpdateConfig(BaseModel):
 
     plan_file: str | None = None
     """A saved, perhaps edited plan, instead of the options above but protect_learned, rehearse and
-    predict_forgetting."""
+    predict_forgetting. Where it protects measured directions, these are measured anew: calibration, curvature_penalty
+    and remember_tasks then go with it."""
 
     target_modules: list[str] | None = None
     """Names or regular expressions of the weights to train. Default: all linear layers of the blocks."""

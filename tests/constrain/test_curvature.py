@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import lorica
 from lorica.config import build_config
 from lorica.constrain.linear import matrix_of
+from lorica.constrain.planning import measured_anew
 from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
 from lorica.methods import METHODS
@@ -24,7 +25,7 @@ from lorica.methods.osft import OSFT
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.plan import Plan
 from lorica.update import train as update
-from tests.builders import batch, task_of, tiny, train, trainable
+from tests.builders import batch, same_bases, task_of, tiny, train, trainable
 from tests.subspace.oracle import Masks, by_brute_force, planned
 from tests.training.conftest import llama_folder, rows, t5_folder  # noqa: F401
 
@@ -213,6 +214,10 @@ def test_a_saved_plan_knows_no_directions(tmp_path: Path) -> None:
     assert again.entries == plan.entries
     with pytest.raises(LoricaError, match=r"q_proj: source 'curvature' needs calibration inputs, which a saved plan"):
         lorica.protect(tiny("llama"), again)
+    anew = measured_anew(tiny("llama"), again, calibration_of(model))
+    assert anew.entries == plan.entries
+    assert again.factors(plan.entries[0].name) is None, "what is given is left alone"
+    assert same_bases(lorica.protect(tiny("llama"), anew), lorica.protect(tiny("llama"), plan))
     model.save_pretrained(tmp_path / "before")
     lorica.protect(model, plan)
     learn_by_hand(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -370,7 +371,31 @@ def test_a_given_plan_is_used_in_every_task_and_left_alone() -> None:
     assert all(entry.learned[1] for entry in method.plan.entries)
     assert plan == original
     with pytest.raises(LoricaError, match="remember_tasks has no effect beside a plan"):
-        OSFT(Protection(plan=plan, source="activation", remember_tasks=True))
+        OSFT(Protection(plan=plan, remember_tasks=True))
+
+
+def test_the_saved_plan_of_an_update_can_be_given_back(tmp_path: Path) -> None:
+    """Edited too: what is measured is then measured anew, with what finished tasks left behind and all that holds."""
+    options: dict[str, Any] = {"remember_tasks": True, "curvature_penalty": 10.0, "calibration": "random"}
+    first = tiny("llama")
+    method = osft(source="curvature", unfreeze_rank_ratio=0.5, **options)
+    learn(method, first, 0)
+    second = copy.deepcopy(first)
+    assert method.plan is not None
+    method.plan.save(tmp_path / "plan.json")
+    given = osft(plan=Plan.load(tmp_path / "plan.json"), **options)
+    given.load_state_dict(method.state_dict())
+    learn(method, first, 1)
+    learn(given, second, 1)
+    assert all(torch.equal(weight, weights(second)[name]) for name, weight in weights(first).items())
+    with pytest.raises(LoricaError, match="source has no effect beside a plan"):
+        osft(plan=Plan.load(tmp_path / "plan.json"), source="curvature")
+    with pytest.raises(LoricaError, match="calibration has no effect beside a plan"):
+        osft(plan=lorica.plan(tiny("llama"), 0.5), calibration="random")
+    edited = Plan.load(tmp_path / "plan.json")
+    edited.entries[0] = edited.entries[0].model_copy(update={"constraint": "input", "k_output": None})
+    with pytest.raises(LoricaError, match="curvature_penalty needs both sides"):
+        osft(plan=edited, curvature_penalty=1.0)
 
 
 def test_folders_alone_do_not_hold_what_was_learned(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO
 from lorica.constrain.targets import is_target_key, natural_order
 from lorica.errors import LoricaError
 from lorica.subspace.plan import Plan
-from lorica.subspace.plan_entry import MEASURED, PlanEntry
+from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.ranks import share_to_count
 
 
@@ -92,8 +92,7 @@ def _unknown(plan: Plan) -> dict[str, str]:
     Raises:
         LoricaError: nothing can be told of one without them.
     """
-    found = {e.name: "measured while training" for e in plan.entries if any(e.given) and e.source in MEASURED}
-    found = {name: what for name, what in found.items() if plan.factors(name) is None}
+    found = {entry.name: "measured while training" for entry in plan.unmeasured}
     learned = (e.name for e in plan.entries if any(e.learned) and plan.learned(e.name) is None)
     found = dict.fromkeys(learned, "of finished tasks") | found
     block = next((e.name for e in plan.entries if e.name in found and e.constraint == "block"), None)

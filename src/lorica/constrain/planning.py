@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.plan_counts import counts, marginal_entries, spectra, wanted, with_pattern
 from lorica.constrain.plan_options import as_given, check_choices, check_used, protected_amount
+from lorica.constrain.protect import fitting_targets
 from lorica.constrain.sharded_plan import add_up, check_numbers, sharded_layers, sums_at_owners
 from lorica.constrain.targets import check_whole, family, find_targets
 from lorica.constrain.transport import put_back
@@ -148,6 +149,40 @@ def plan(
     if ranks == "marginal":
         result.entries = marginal_entries(result.entries, factors, expected_forgetting)
     return result.with_measured(factors=factors)
+
+
+def measured_anew(
+    model: nn.Module,
+    finished: Plan,
+    calibration: Iterable[Batch] | str | None,
+    *,
+    earlier: Mapping[str, Factors] | None = None,
+    beyond: int = 0,
+) -> Plan:
+    """Return a plan that was read from a file with the measured directions that it asks for.
+
+    A file says how many directions of which source are protected, not which they are: those are the model's that is
+    at hand, on these inputs.
+
+    Args:
+        model: unprotected.
+        finished: what is protected, left as it is; what it holds measured already stays.
+        calibration, earlier, beyond: as for ``plan``.
+
+    Raises:
+        LoricaError: see ``plan``; or the plan does not fit the model.
+    """
+    put_back(model)
+    targets, entries = fitting_targets(model, finished), finished.unmeasured
+    check_numbers(model)
+    batches = list(calibration_batches(model, calibration, f"a plan with source {entries[0].source!r}"))
+    sides = {entry.name: wanted(entry, marginal=False, beyond=beyond) for entry in entries}
+    layers = {entry.name: targets[entry.name] for entry in entries}
+    sharded = sharded_layers(targets)
+    together = sums_at_owners(model, sharded) if sharded else None
+    found = measure(model, layers, batches, sides, earlier=earlier, together=together)
+    held = {name: known for name in finished.names() if (known := finished.factors(name)) is not None}
+    return finished.with_measured(factors=held | found)
 
 
 def calibration_batches(model: nn.Module, calibration: Iterable[Batch] | str | None, needed_by: str) -> Iterable[Batch]:

@@ -85,8 +85,9 @@ def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0) -> 
     names = {f.name for f in fields(METHODS[config.method].options_type)}
     given = {name: getattr(config, name) for name in ("target_modules", "train_also", "freeze_experts")}
     if config.method == "osft":
-        _check_options(config)
-        made = Plan.load(config.plan_file) if config.plan_file else assumed_plan(model, config, task.index)
+        finished = Plan.load(config.plan_file) if config.plan_file else None
+        _check_options(config, finished)
+        made = finished or assumed_plan(model, config, task.index)
         given = {"plan": made, "memory_mode": config.memory_mode}
     given = {name: value for name, value in given.items() if name in names}
     method = build_method(config.method, given, config.method_options)
@@ -98,8 +99,8 @@ def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0) -> 
     return method
 
 
-def _check_options(config: UpdateConfig) -> None:
-    """Refuse what training would refuse: options that do not fit together.
+def _check_options(config: UpdateConfig, made: Plan | None) -> None:
+    """Refuse what training would refuse: options that do not fit together, or not with a finished plan.
 
     Raises:
         LoricaError: with the option.
@@ -107,8 +108,9 @@ def _check_options(config: UpdateConfig) -> None:
     told = {f.name: getattr(config, f.name) for f in fields(Protection) if hasattr(config, f.name)}
     told["calibration"] = [] if config.calibration_file else config.calibration
     told["prompts"] = [] if config.prompts_file else None
+    told["plan"] = made
     checked_options(Protection, told)
-    if config.plan_file:
+    if made is not None:
         return
     constraint = config.constraint or default_constraint(config.source)
     check_choices(ranks=config.ranks, source=config.source, constraint=constraint)

@@ -14,7 +14,7 @@ from lorica.constrain.audit_report import AuditReport
 from lorica.constrain.audit_weight import audit_weight
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.optimizer import Block, ConstrainedOptimizer, WeightConstraint, block_constraints
-from lorica.constrain.planning import plan
+from lorica.constrain.planning import measured_anew, plan
 from lorica.constrain.protect import bases_of, protect, protected_layers, protected_of, release
 from lorica.constrain.sharded_audit import audit_sharded
 from lorica.errors import LoricaError
@@ -36,14 +36,10 @@ _REHEARSING = ("prompts", "rehearse", "rehearse_weight", "rehearse_tokens", "reh
 _BESIDE_A_PLAN = ("plan", "protect_learned", *_REHEARSING, "memory_mode", "predict_forgetting")
 """Options that are no part of what a finished plan says."""
 
-_NOT_PLANNED = (
-    *_BESIDE_A_PLAN,
-    "curvature_penalty",
-    "remember_tasks",
-    "remember_rows",
-    "remember_size",
-    "rank_schedule",
-)
+_OF_MEASURING = ("curvature_penalty", "remember_tasks", "remember_rows", "remember_size")
+"""Options that go with what is measured; beside a finished plan if that has still to be done."""
+
+_NOT_PLANNED = (*_BESIDE_A_PLAN, *_OF_MEASURING, "rank_schedule")
 """Options that are no arguments of ``lorica.plan``."""
 
 
@@ -77,9 +73,7 @@ class OSFT(Method):
     def __init__(self, protection: Protection) -> None:
         super().__init__(protection)
         self.protection = protection
-        beside = sorted(protection.given() - {*_BESIDE_A_PLAN})
-        if protection.plan is not None and beside:
-            raise LoricaError(f"{beside[0]} has no effect beside a plan: say it in the plan")
+        _check_beside(protection)
         self.carried = Carried(protection)
         self._constraints: dict[nn.Parameter, WeightConstraint] | None = None
         self._before: dict[str, Tensor] = {}
@@ -138,26 +132,32 @@ class OSFT(Method):
         """
         made = self.protection.plan if self.kept is None else self.kept.plan
         if made is None:
-            made = plan(model, **self._planning(model, index, texts))
+            made = plan(model, **self._planning(model, index), **self._measuring(model, texts))
+        elif self.kept is None and made.unmeasured and not next(model.parameters()).is_meta:
+            made = measured_anew(model, made, **self._measuring(model, texts))
         learned = {e.name: self.carried.learned.directions(e.name, e.shape) for e in made.entries}
         if any(learned.values()):
             made = made.with_measured(learned={name: pair for name, pair in learned.items() if pair is not None})
         return made
 
-    def _planning(self, model: nn.Module, index: int, texts: Sequence[Batch] | None) -> dict[str, Any]:
-        """Return the arguments of ``lorica.plan`` for a task."""
-        asked = self.protection
-        options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in _NOT_PLANNED}
+    def _planning(self, model: nn.Module, index: int) -> dict[str, Any]:
+        """Return what ``lorica.plan`` is told for a task besides what it measures by."""
+        asked, apart = self.protection, (*_NOT_PLANNED, "calibration")
+        options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in apart}
         if asked.rank_schedule is not None:
             options["effective_rank"] = scheduled_share(asked.rank_schedule, index)
-        calibrates = asked.source in MEASURED or asked.ranks == "importance"
-        if calibrates and asked.calibration is None:
-            options["calibration"] = "self" if asked.prompts else default_calibration(model)
-        if calibrates and texts is not None and options["calibration"] == "self":
-            options["calibration"] = texts
-        if asked.curvature_penalty:
-            options["beyond"] = RANK
-        return options | ({"earlier": self.carried.tasks.factors} if self.carried.tasks else {})
+        return options
+
+    def _measuring(self, model: nn.Module, texts: Sequence[Batch] | None) -> dict[str, Any]:
+        """Return what it measures by: the calibration, and what finished tasks left behind."""
+        asked = self.protection
+        calibration: Any = asked.calibration
+        if asked.measures and calibration is None:
+            calibration = "self" if asked.prompts else default_calibration(model)
+        if asked.measures and texts is not None and calibration == "self":
+            calibration = texts
+        earlier = self.carried.tasks.factors if self.carried.tasks else None
+        return {"calibration": calibration, "earlier": earlier, "beyond": RANK if asked.curvature_penalty else 0}
 
     def _count_learned(self, model: nn.Module) -> None:
         """Set each entry's ``learned`` to how many directions were new to what the source protects."""
@@ -270,6 +270,16 @@ class OSFT(Method):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what an earlier ``state_dict`` returned; see ``Carried``."""
         self.carried.load_state_dict(state)
+
+
+def _check_beside(protection: Protection) -> None:
+    """Refuse options that a finished plan leaves without effect."""
+    if protection.plan is None:
+        return
+    known = {*_BESIDE_A_PLAN, *((*_OF_MEASURING, "calibration") if protection.plan.unmeasured else ())}
+    beside = sorted(protection.given() - known)
+    if beside:
+        raise LoricaError(f"{beside[0]} has no effect beside a plan: say it in the plan")
 
 
 def default_calibration(model: nn.Module) -> str | None:

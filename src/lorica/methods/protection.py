@@ -27,7 +27,8 @@ class Protection(Targets):
     Attributes:
         calibration: where none is given and it is needed, "self" for causal models and "random" for others.
         plan: a finished plan, instead of all other options but ``protect_learned``, those of rehearsal and
-            ``memory_mode``.
+            ``memory_mode``; and if its directions have still to be measured, ``calibration``, ``curvature_penalty`` and
+            those of ``remember_tasks``.
         protect_learned: share of min(M, N), 0 to 1: so many of the top directions of what the finished tasks
             changed in a weight are protected besides. None: none; 0 also gives up those of earlier updates.
         remember_tasks: add what each finished task's inputs (and gradients) were to the calibration of the next ones;
@@ -84,7 +85,7 @@ class Protection(Targets):
             raise ValueError(f"protect_learned = {self.protect_learned} is out of range: a share from 0 to 1")
         if self.remember_rows < 1:
             raise ValueError(f"remember_rows = {self.remember_rows} is out of range: at least 1")
-        if self.remember_tasks and self.source not in MEASURED:
+        if self.remember_tasks and self.plan is None and self.source not in MEASURED:
             raise ValueError(
                 f"remember_tasks has no effect with source {self.source!r}; it is for {' and '.join(MEASURED)}"
             )
@@ -104,7 +105,7 @@ class Protection(Targets):
             raise ValueError(f"rehearse_prompts = {self.rehearse_prompts} is out of range: 0 (nothing) or more")
         if not 0 <= self.curvature_penalty < float("inf"):
             raise ValueError(f"curvature_penalty = {self.curvature_penalty} is out of range: 0 (none) or more")
-        if self.curvature_penalty and (self.source != "curvature" or self.constraint not in (None, "two-sided")):
+        if self.curvature_penalty and not self._measures_both_sides:
             raise ValueError(
                 "curvature_penalty needs both sides of the curvature measured: source 'curvature' and constraint "
                 "'two-sided'"
@@ -119,10 +120,22 @@ class Protection(Targets):
             self._check_schedule(self.rank_schedule)
 
     @property
+    def measures(self) -> bool:
+        """Whether something is to be measured."""
+        if self.plan is not None:
+            return bool(self.plan.unmeasured)
+        return self.source in MEASURED or self.ranks == "importance"
+
+    @property
     def calibrates_itself(self) -> bool:
         """Whether something is to be measured, and nothing but the model's own text was given for it."""
-        measures = self.source in MEASURED or self.ranks == "importance"
-        return measures and self.plan is None and (self.calibration is None or self.calibration == "self")
+        return self.measures and (self.calibration is None or self.calibration == "self")
+
+    @property
+    def _measures_both_sides(self) -> bool:
+        if self.plan is not None:
+            return all((one.source, one.constraint) == ("curvature", "two-sided") for one in self.plan.entries)
+        return self.source == "curvature" and self.constraint in (None, "two-sided")
 
     def _check_schedule(self, shares: Sequence[float]) -> None:
         wrong = next((share for share in shares if not 0 <= share <= 1), None)

@@ -15,7 +15,7 @@ from lorica.files import write_text
 from lorica.json_file import read_json
 from lorica.subspace.factor import Factors
 from lorica.subspace.linalg import Pair
-from lorica.subspace.plan_entry import PlanEntry
+from lorica.subspace.plan_entry import MEASURED, PlanEntry
 
 
 class Plan(BaseModel):
@@ -61,6 +61,12 @@ class Plan(BaseModel):
     def free(self) -> int:
         """Degrees of freedom that training keeps, over all weights."""
         return sum(entry.free for entry in self.entries)
+
+    @property
+    def unmeasured(self) -> list[PlanEntry]:
+        """The entries that protect measured directions of which the plan holds none, as one from a file."""
+        measured = (entry for entry in self.entries if any(entry.given) and entry.source in MEASURED)
+        return [entry for entry in measured if entry.name not in self._factors]
 
     def factors(self, name: str) -> Factors | None:
         """Return what was measured of a layer, if the plan was made with it."""
