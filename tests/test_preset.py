@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig, T5Config
+from transformers import GPT2Config, LlamaConfig, T5Config, TrainingArguments
 
 from lorica.config import UpdateConfig, build_config
 from lorica.errors import LoricaError
 from lorica.forecast.options import build_forecast_config
 from lorica.forecast.story import forecast
+from lorica.lineage import Lineage
 from lorica.preset import RETAIN, with_preset
 from lorica.update import train
+from lorica.update_record import identity_of
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 
 LLAMA = LlamaConfig(vocab_size=61, bos_token_id=1, eos_token_id=2)
@@ -123,6 +126,17 @@ def test_what_contradicts_it_is_refused(options: dict[str, Any], told: str) -> N
     with pytest.raises(LoricaError, match=told):
         filled(**options)
     assert filled(source="curvature").source == "curvature"
+
+
+def test_resuming_asks_what_it_stands_for_and_not_for_its_name() -> None:
+    rows = SimpleNamespace(sha256="rows", digest=lambda: "tokens")
+    inputs: Any = SimpleNamespace(train=rows, prompts=None, eval=None)
+    arguments = TrainingArguments("o", use_cpu=True)
+    named, spelled = (
+        identity_of(config, arguments, inputs, Lineage("m"), sharded=False)
+        for config in (filled(), build_config(NEEDED | RETAIN))
+    )
+    assert named == spelled
 
 
 def test_an_update_under_it_is_recorded_and_foretold(

@@ -23,7 +23,7 @@ def identity_of(
     """Return everything on which the trained weights depend."""
     not_weights = {"output_dir", "eval_file", "retention_file", "max_forgetting", "training", "skip_invalid_rows"}
     not_weights |= {"optimizer_in_backward"}  # the same steps in another order
-    not_weights |= {"predict_forgetting"}
+    not_weights |= {"predict_forgetting", "preset"}  # what a preset stands for is in the other options
     not_weights |= {"allow_changed", "reset_optimizer", "allow_pickle", "require_pinned", "trust_remote_code"}
     not_weights |= {"train_file", "prompts_file"}  # their contents count, wherever they are now
     not_weights |= {"model_name_or_path"} if lineage.weights_sha256 else set()

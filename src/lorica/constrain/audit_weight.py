@@ -20,6 +20,7 @@ from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.sources import Protected, directions_and_spectrum
 
 TINY = torch.finfo(torch.float64).tiny
+"""Keeps a division by the norm of a weight of zeros defined."""
 
 PerSide = tuple[float | None, float | None]
 """Of the output and the input side; None: there is nothing to tell of it."""
