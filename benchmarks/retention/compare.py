@@ -7,7 +7,8 @@
 The grid names for each entry the stream, the settings of the methods file and the learning rates. ``choose`` runs all
 of them, each as a `lorica run` of its own, in OUT/BED/ENTRY/SETTING-RATE; ``measure`` runs of each entry what had the
 highest mean recall over all sets (``all`` of recall.py) at the end. What is there already is not run again, so both go
-on where they were stopped. A run that diverged has no record and is not chosen. ``--entries`` takes a part of the grid.
+on where they were stopped; nor is what ``--kept FILE.json`` holds, of an earlier ``collect``, perhaps on another
+machine. A run that diverged has no record and is not chosen. ``--entries`` takes a part of the grid.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from benchmarks.retention.bed import STREAM, run_script
-from benchmarks.retention.recall import recall
+from benchmarks.retention.recall import COLUMNS, recall
 from lorica.errors import LoricaError
-from lorica.json_file import load_record
+from lorica.json_file import load_record, read_json
 
 RECIPES = Path(__file__).parent
 GRID = RECIPES / "knowledge-grid.yaml"
@@ -41,6 +42,33 @@ class Cell(NamedTuple):
 
     def folder(self, output_dir: Path, bed: Path) -> Path:
         return output_dir / bed.name / self.entry / f"{self.setting}-{self.rate:g}"
+
+
+Row = dict[str, Any]
+"""What is kept of a cell on a bed: which it is, the figures of recall.py, and what they were measured by."""
+
+
+class Results(NamedTuple):
+    """What has been run: records in a folder, and rows that were collected before."""
+
+    output_dir: Path
+    kept: Sequence[Row] = ()
+
+    @classmethod
+    def read(cls, output_dir: Path, kept: Path | None) -> Results:
+        """Return those of a folder, with the rows of a file of ``collect``."""
+        return cls(output_dir, read_json(kept, "file of collected results") if kept else ())
+
+    def row(self, cell: Cell, bed: Path) -> Row | None:
+        """Return the row of a cell on a bed; None where it has not been run."""
+        file = record_of(cell.folder(self.output_dir, bed))
+        which = {"bed": bed.name} | cell._asdict()
+        if file is None:
+            return next((row for row in self.kept if which.items() <= row.items()), None)
+        record = load_record(file)
+        told = {name: round(value, 2) for name, value in recall(record, str(file)).items()}
+        beside = {"label": record["label"], "seconds": round(record["cost"]["seconds"])}
+        return which | told | beside | {"revision": record["git_revision"]}
 
 
 class Grid(NamedTuple):
@@ -65,23 +93,24 @@ class Grid(NamedTuple):
         }
         return cls(given["config"], given["model"], given["methods_file"], entries)
 
-    def chosen(self, output_dir: Path, bed: Path) -> Iterator[Cell]:
+    def chosen(self, results: Results, bed: Path) -> Iterator[Cell]:
         """Yield of each entry the cell with the highest mean recall on a bed.
 
         Raises:
             LoricaError: nothing of an entry has been run there.
         """
         for name, cells in self.entries.items():
-            known = {cell: told["all"] for cell in cells if (told := figures(cell, output_dir, bed))}
+            known = {cell: row["all"] for cell in cells if (row := results.row(cell, bed))}
             if not known:
-                raise LoricaError(f"{output_dir / bed.name / name}: nothing was run there; run choose on {bed}")
+                folder = results.output_dir / bed.name / name
+                raise LoricaError(f"{folder}: nothing was run there; run choose on {bed}")
             yield max(known, key=lambda cell: known[cell])
 
-    def run(self, cell: Cell, output_dir: Path, bed: Path) -> None:
-        """Run a cell unless its record is there."""
-        folder = cell.folder(output_dir, bed)
-        if record_of(folder) is not None:
+    def run(self, cell: Cell, results: Results, bed: Path) -> None:
+        """Run a cell unless that has been done."""
+        if results.row(cell, bed) is not None:
             return
+        folder = cell.folder(results.output_dir, bed)
         command = [
             sys.executable, "-m", "lorica", "run", bed / cell.stream, "--config", RECIPES / self.config,
             "--model_name_or_path", bed / self.model, "--methods_file", RECIPES / self.methods_file,
@@ -120,26 +149,10 @@ def record_of(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def figures(cell: Cell, output_dir: Path, bed: Path) -> dict[str, float]:
-    """Return what recall.py says of a cell; nothing where it has no record."""
-    file = record_of(cell.folder(output_dir, bed))
-    return recall(load_record(file), str(file)) if file else {}
-
-
-def collected(grid: Grid, output_dir: Path, beds: Sequence[Path]) -> list[dict[str, Any]]:
-    """Return the figures of every cell that has been run, with what they were measured by."""
-    found = []
-    for cells in grid.entries.values():
-        for bed, cell in ((bed, cell) for cell in cells for bed in beds):
-            file = record_of(cell.folder(output_dir, bed))
-            if file is None:
-                continue
-            record = load_record(file)
-            told = {name: round(value, 2) for name, value in recall(record, str(file)).items()}
-            beside = {"label": record["label"], "seconds": round(record["cost"]["seconds"]),
-                      "revision": record["git_revision"]}  # fmt: skip
-            found.append({"bed": bed.name} | cell._asdict() | told | beside)
-    return found
+def collected(grid: Grid, results: Results, beds: Sequence[Path]) -> list[Row]:
+    """Return the row of every cell that has been run."""
+    found = (results.row(cell, bed) for cells in grid.entries.values() for cell in cells for bed in beds)
+    return [row for row in found if row is not None]
 
 
 def write_results(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -155,6 +168,7 @@ def main() -> None:
     parser.add_argument("--beds", type=Path, nargs="+", required=True, help="folders of knowledge.py, with the model")
     parser.add_argument("--chosen_on", type=Path, help="the bed that settings were chosen on, for measure")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--kept", type=Path, help="JSON file of an earlier collect: what it holds is not run again")
     parser.add_argument("--entries", nargs="+", default=[], help="of the grid; default: all")
     parser.add_argument("--output", type=Path, help="JSON file, for collect")
     run_script(parser, work)
@@ -164,17 +178,19 @@ def work(arguments: argparse.Namespace) -> None:
     for needed, by in (("chosen_on", "measure"), ("output", "collect")):
         if arguments.work == by and getattr(arguments, needed) is None:
             raise LoricaError(f"--{needed} is needed to {by}")
-    grid, out = Grid.read(arguments.grid, arguments.entries), arguments.output_dir
+    grid = Grid.read(arguments.grid, arguments.entries)
+    results = Results.read(arguments.output_dir, arguments.kept)
     if arguments.work == "collect":
-        write_results(arguments.output, collected(grid, out, arguments.beds))
+        write_results(arguments.output, collected(grid, results, arguments.beds))
         return
     for name, cells in grid.entries.items():
         part = grid._replace(entries={name: cells})
-        for cell in cells if arguments.work == "choose" else part.chosen(out, arguments.chosen_on):
+        for cell in cells if arguments.work == "choose" else part.chosen(results, arguments.chosen_on):
             for bed in arguments.beds:
-                grid.run(cell, out, bed)
-                told = "".join(f"  {what} {value:.1f}" for what, value in figures(cell, out, bed).items())
-                print(f"{bed.name:8} {name:16} {cell.setting:16} {cell.rate:8g}{told or '  no record'}", flush=True)
+                grid.run(cell, results, bed)
+                row = results.row(cell, bed)
+                told = "  no record" if row is None else "".join(f"  {what} {row[what]:.1f}" for what in COLUMNS)
+                print(f"{bed.name:8} {name:16} {cell.setting:16} {cell.rate:8g}{told}", flush=True)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,27 @@ def test_the_best_cell_of_each_entry_is_measured_and_nothing_runs_twice(
     assert kept[0]["revision"] == "abc"
 
 
+def test_what_an_earlier_collect_holds_is_not_run_again(
+    grid: Path, runs: list[tuple[str, ...]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beds, file = [tmp_path / "k0", tmp_path / "k1"], tmp_path / "kept.json"
+    there = ["--grid", grid, "--entries", "plain"]
+    call(monkeypatch, compare, "choose", "--beds", beds[0], *there, "--output_dir", tmp_path / "there")
+    call(monkeypatch, compare, "collect", "--beds", beds[0], *there, "--output_dir", tmp_path / "there",
+         "--output", file)  # fmt: skip
+    runs.clear()
+    here = ["--grid", grid, "--output_dir", tmp_path / "here", "--kept", file]
+    call(monkeypatch, compare, "choose", "--beds", beds[0], *here)
+    assert [run[2:] for run in runs] == [("plain", "0.1"), ("held", "0.1")], "of the other entry alone"
+    runs.clear()
+    call(monkeypatch, compare, "measure", "--beds", beds[1], "--chosen_on", beds[0], *here, "--entries", "plain")
+    assert runs == [("stream.yaml", "k1", "plain", "0.2")], "the best of what was kept"
+    call(monkeypatch, compare, "collect", "--beds", *beds, *here, "--output", file)
+    assert [(row["bed"], row["entry"], row["all"]) for row in json.loads(file.read_text())] == [
+        ("k0", "plain", 10.0), ("k0", "plain", 20.0), ("k1", "plain", 20.0), ("k0", "mixed", 10.0),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -104,6 +125,7 @@ def test_the_best_cell_of_each_entry_is_measured_and_nothing_runs_twice(
         (["measure", "--beds", "k1"], "--chosen_on is needed"),
         (["collect", "--beds", "k1"], "--output is needed"),
         (["choose", "--beds", "k1", "--entries", "plian"], "no entry plian; there are plain, mixed"),
+        (["choose", "--beds", "k1", "--kept", "none.json"], "none.json"),
     ],
 )
 def test_a_mistake_ends_with_one_line(
@@ -114,13 +136,14 @@ def test_a_mistake_ends_with_one_line(
     assert not runs
 
 
-FEWER = {"replay-1": 3, "replay-5": 3, "replay-20": 3, "joint": 3} | {
+FEWER = {"replay-1": 3, "replay-5": 3, "replay-20": 3, "joint": 3, "everything": 1} | {
     "rehearse": 2, "held-rehearse": 2, "rehearse-light": 2, "rehearse-weight": 2, "rehearse-free": 1,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("file", "fewer"), [("knowledge-grid.yaml", FEWER), ("many-grid.yaml", {"replay-5": 3, "held-rehearse": 1})]
+    ("file", "fewer"),
+    [("knowledge-grid.yaml", FEWER), ("many-grid.yaml", {"replay-5": 3, "held-rehearse": 1, "everything": 1})],
 )
 def test_the_committed_grids_give_every_entry_as_many_cells_and_ask_for_what_exists(
     file: str, fewer: dict[str, int]
