@@ -76,7 +76,7 @@ class UpdateConfig(BaseModel):
     """NAME=VALUE: options of the method that are not below, such as r=16 for lora. Repeatable."""
 
     preset: Literal["paper", "retain"] = "paper"
-    """paper: every option as it stands here. retain: what kept most in our comparisons, of what is not given itself:
+    """paper: every option as it stands here. retain: all that kept in our comparisons, of what is not given itself:
     source curvature, unfreeze_rank_ratio 0.5, remember_tasks, curvature_penalty 300, rehearse 0.5 and rehearse_prompts
     0.1, as far as the model writes text."""
 

@@ -1,4 +1,4 @@
-"""``--preset retain``: what kept most on the test beds, in one word; as much of it as a model and a layout can have."""
+"""``--preset retain``: all that kept on the test beds, in one word; as much of it as a model and a layout can have."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RETAIN: dict[str, Any] = {
     "rehearse": 0.5,
     "rehearse_prompts": 0.1,
 }
-"""Measured in docs/retention.md."""
+"""What kept most on the knowledge bed of docs/retention.md, and ``remember_tasks``, which the encoder there needs."""
 
 AMOUNTS = ("unfreeze_rank_ratio", "osft_unfreeze_rank_ratio", "effective_rank", "rank_schedule", "expected_forgetting")
 
