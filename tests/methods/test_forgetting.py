@@ -69,8 +69,6 @@ def literal(before: Any, after: Any) -> dict[str, float]:
     layers = {name: before.get_submodule(name) for name in names}
     wanted = {name: Wanted(tuple(one.weight.shape), *one.weight.shape[::-1]) for name, one in layers.items()}
     found: dict[str, Factors] = measure(before, layers, texts, wanted)
-    tokens = sum(int(text["attention_mask"].sum()) for text in texts)
-    predicted = tokens - sum(len(text["input_ids"]) for text in texts)
     sums: dict[str, float] = {}
     for name in names:
         a, b = found[name].inputs, found[name].outputs
@@ -78,7 +76,7 @@ def literal(before: Any, after: Any) -> dict[str, float]:
         assert b is not None
         d = (matrix_of(after.get_submodule(name)) - matrix_of(layers[name])).detach().double()
         part = float((b.matrix() @ d @ a.matrix() @ d.T).trace()) / 2
-        sums[kind_of(name)] = sums.get(kind_of(name), 0.0) + part * tokens / predicted
+        sums[kind_of(name)] = sums.get(kind_of(name), 0.0) + part
     return sums
 
 
