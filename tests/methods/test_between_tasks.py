@@ -388,6 +388,9 @@ def test_the_saved_plan_of_an_update_can_be_given_back(tmp_path: Path) -> None:
     learn(method, first, 1)
     learn(given, second, 1)
     assert all(torch.equal(weight, weights(second)[name]) for name, weight in weights(first).items())
+    ours, theirs = method.state_dict(), given.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(kept, theirs[name]) for name, kept in ours.items()), "gradients are remembered as well"
     with pytest.raises(LoricaError, match="source has no effect beside a plan"):
         osft(plan=Plan.load(tmp_path / "plan.json"), source="curvature")
     with pytest.raises(LoricaError, match="calibration has no effect beside a plan"):

@@ -42,7 +42,7 @@ class Carried:
         """
         layers = {entry.name: model.get_submodule(entry.name) for entry in entries}
         weights = [matrix_of(layer) for layer in layers.values()]
-        outputs = self.asked.source == "curvature"
+        outputs = any(entry.source == "curvature" for entry in entries)
         dims = [dim for m, n in (weight.shape for weight in weights) for dim in ((m, n) if outputs else (n,))]
         rank = memory_rank(dims, self.asked.remember_size * sum(weight.nbytes for weight in weights))
         wanted = {one.name: Wanted(one.shape, inputs=rank, outputs=rank if outputs else None) for one in entries}
