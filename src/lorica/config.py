@@ -115,6 +115,10 @@ class UpdateConfig(BaseModel):
     causal models and with prompts_file) or random tokens (random; for encoder-decoders and encoders). Neither needs
     data."""
 
+    calibration_tokens: int | None = Field(default=None, ge=1)
+    """How many of the tokens that the model writes before the update it is measured on: 32,768 if nothing is given, or
+    all that rehearse_tokens and prompts_file made it write; of random tokens 4,096."""
+
     calibration_file: str | None = None
     """Rows that calibrate importance and every source but weight, instead of calibration."""
 

@@ -308,6 +308,11 @@ def test_one_device_cannot_share_a_model() -> None:
         ({"remember_tasks": True}, "remember_tasks has no effect with source 'weight'"),
         ({"rehearse_weight": 3.0}, "rehearse_weight has no effect without rehearse"),
         ({"rehearse_tokens": 9}, "rehearse_tokens has no effect without rehearse"),
+        ({"calibration_tokens": 9}, "calibration_tokens has no effect: nothing of what is protected is measured"),
+        (
+            {"source": "curvature", "calibration_tokens": 9, "calibration_file": "f"},
+            "calibration_tokens .* beside",
+        ),
         ({"rehearse_prompts": 0.1}, "rehearse_prompts has no effect without rehearse"),
         ({"ranks": "marginal"}, "ranks 'marginal' weighs measured energies"),
         ({"ranks": "energy", "source": "curvature"}, "ranks 'energy' reads the weight's spectrum"),

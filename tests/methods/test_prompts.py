@@ -23,6 +23,7 @@ from lorica.forecast.protection import measured
 from lorica.forecast.story import expected
 from lorica.inputs import Inputs, asked_of
 from lorica.methods import METHODS
+from lorica.methods.own_texts import first_tokens
 from lorica.methods.predicted import KEPT
 from lorica.methods.rehearsal import Rehearsal
 from lorica.subspace import answers
@@ -227,6 +228,45 @@ def test_the_answers_calibrate_in_place_of_text_from_bos(family: str, options: d
     model, alike = writer(family), writer(family)
     method.begin_task(model, task_of(model, 0, 1))
     batches = own_answers(alike, PROMPTS, **tokens)
+    lorica.protect(alike, lorica.plan(alike, source="curvature", calibration=batches))
+    assert same_bases(model, alike)
+
+
+def rows_of(batches: list[dict[str, Tensor]]) -> list[list[int]]:
+    return [ids.tolist() for part in batches for ids in part["input_ids"]]
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 60, 10_000])
+def test_the_first_of_what_was_written_calibrate(tokens: int) -> None:
+    """No text and no answer ends before its greatest length; of prompts and answers the answers count."""
+    model = tiny("llama")
+    model.generation_config.eos_token_id = None
+    texts = own_text(model, tokens=100, length=10, batch_size=4)
+    answers = own_answers(model, PROMPTS, tokens=100, batch_size=4)
+    for written, each in ((texts, 10), (answers, LENGTH)):
+        first = first_tokens(written, tokens)
+        wanted = min(-(-tokens // each), len(rows_of(written)))
+        assert rows_of(first) == rows_of(written)[:wanted]
+        assert all(set(part) == set(written[0]) for part in first)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_calibration_tokens_are_the_first_of_those_to_rehearse(family: str) -> None:
+    options = {"rehearse": 1.0, "rehearse_tokens": 200, "source": "curvature"}
+    method = METHODS["osft"].build({"prompts": PROMPTS, "calibration_tokens": 20} | options)
+    model, alike = writer(family), writer(family)
+    method.begin_task(model, task_of(model, 0, 1))
+    assert method.rehearsal.positions >= 200
+    batches = first_tokens(own_answers(alike, PROMPTS, tokens=200 if family == "t5" else 100), 20)
+    lorica.protect(alike, lorica.plan(alike, source="curvature", calibration=batches))
+    assert same_bases(model, alike)
+
+
+def test_calibration_tokens_bound_what_is_answered_for_calibration_alone() -> None:
+    method = METHODS["osft"].build({"prompts": PROMPTS, "source": "curvature", "calibration_tokens": 60})
+    model, alike = writer("llama"), writer("llama")
+    method.begin_task(model, task_of(model, 0, 1))
+    batches = own_answers(alike, PROMPTS, tokens=60)
     lorica.protect(alike, lorica.plan(alike, source="curvature", calibration=batches))
     assert same_bases(model, alike)
 

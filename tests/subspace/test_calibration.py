@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import lorica
 from lorica.errors import LoricaError
+from lorica.methods import METHODS
 from lorica.subspace.calibration import own_text, random_tokens
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.observe import observe
@@ -177,3 +180,32 @@ def test_plan_takes_own_text() -> None:
         assert factors is not None
         assert factors.inputs is not None
         assert float(factors.inputs.energies_R.min()) > 0
+
+
+def test_plan_says_how_many_tokens_the_model_writes() -> None:
+    """As many as asked of text; of random tokens whole sequences."""
+    model = tiny("llama")
+    model.generation_config.eos_token_id = None
+    text = own_text(model, tokens=500)
+    assert 500 <= sum(int(part["attention_mask"].sum()) for part in text) < 500 + 64
+    drawn = random_tokens(model.config.vocab_size, sequences=5, length=64)
+    for calibration, batches, tokens in (("self", text, 500), ("random", drawn, 257)):
+        made = lorica.plan(model, source="activation", calibration=calibration, calibration_tokens=tokens)
+        given = lorica.plan(model, source="activation", calibration=batches)
+        for name in made.names():
+            assert torch.equal(made.factors(name).inputs.vectors_DR, given.factors(name).inputs.vectors_DR)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "curvature", "calibration": "self", "calibration_tokens": 0}, "calibration_tokens = 0 is out of"),
+        ({"calibration_tokens": 100}, "calibration_tokens has no effect: nothing of what is protected is measured"),
+        ({"source": "activation", "calibration": [{}], "calibration_tokens": 100}, "beside calibration inputs of your"),
+    ],
+)
+def test_calibration_tokens_that_nothing_takes_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(LoricaError, match=message):
+        lorica.plan(tiny("llama"), **options)
+    with pytest.raises(LoricaError, match=message):
+        METHODS["osft"].build(options)

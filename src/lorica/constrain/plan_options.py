@@ -71,6 +71,18 @@ def check_choices(*, ranks: str, source: str, constraint: str) -> None:
         raise LoricaError(f"ranks {ranks!r} reads the weight's spectrum; with source {source!r} use 'uniform'")
 
 
+def check_tokens(tokens: int | None, calibration: Iterable[Batch] | str | None, *, measured: bool) -> None:
+    """Refuse a number of calibration tokens that is none, or that nothing takes."""
+    if tokens is None:
+        return
+    if tokens < 1:
+        raise LoricaError(f"calibration_tokens = {tokens} is out of range: at least 1")
+    if not measured:
+        raise LoricaError("calibration_tokens has no effect: nothing of what is protected is measured; leave it out")
+    if not (calibration is None or isinstance(calibration, str)):
+        raise LoricaError("calibration_tokens has no effect beside calibration inputs of your own (calibration_file)")
+
+
 def as_given(calibration: Iterable[Batch] | str) -> str:
     """Return the option as the user wrote it: batches are calibration= in Python, a file on the command line."""
     return f"calibration {calibration!r}" if isinstance(calibration, str) else "calibration (or calibration_file)"

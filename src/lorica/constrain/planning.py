@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from lorica.constrain.linear import matrix_of
 from lorica.constrain.plan_counts import counts, marginal_entries, spectra, wanted, with_pattern
-from lorica.constrain.plan_options import as_given, check_choices, check_used, protected_amount
+from lorica.constrain.plan_options import as_given, check_choices, check_tokens, check_used, protected_amount
 from lorica.constrain.protect import fitting_targets
 from lorica.constrain.sharded_plan import add_up, check_numbers, sharded_layers, sums_at_owners
 from lorica.constrain.targets import check_whole, family, find_targets
@@ -25,6 +25,9 @@ from lorica.subspace.plan_entry import MEASURED, Constraint, PlanEntry, Source, 
 RANDOM_LENGTH = 64
 """Length of the sequences of random tokens, where the model has that many positions."""
 
+RANDOM_TOKENS = 4096
+"""How many random tokens calibrate, where nobody says."""
+
 
 def plan(
     model: nn.Module,
@@ -34,6 +37,7 @@ def plan(
     source: Source = "weight",
     constraint: Constraint | None = None,
     calibration: Iterable[Batch] | str | None = None,
+    calibration_tokens: int | None = None,
     target_modules: str | Sequence[str] | None = None,
     rank_pattern: Mapping[str, float | int] | None = None,
     train_also: str | Sequence[str] = (),
@@ -76,6 +80,7 @@ def plan(
         calibration: batches as the model takes them; "self", text that the model writes by itself (causal
             models); or "random", random tokens. The last two need no data. For ``importance`` and every source
             but ``weight``. Processes that share a model give equally many batches each, and count all of them.
+        calibration_tokens: how many tokens "self" and "random" are, at least 1; 32,768 and 4,096 by default.
         target_modules: see ``find_targets``; default: all linear layers of the blocks.
         rank_pattern: protected share (float, 0 to 1) or count (int) for modules whose name ends in the
             given regular expression, over whatever ``ranks`` says.
@@ -118,13 +123,14 @@ def plan(
         raise LoricaError(
             f"{as_given(calibration)} has no effect with source {source!r} and ranks {ranks!r}; leave it out"
         )
+    check_tokens(calibration_tokens, calibration, measured=source in MEASURED or ranks == "importance")
     if source not in MEASURED and earlier:
         raise LoricaError(f"earlier (what finished tasks left behind) has no effect with source {source!r}")
     batches: list[Batch] = []
     if ranks == "importance" or source in MEASURED:
         check_numbers(model)
         needed_by = f"source {source!r}" if source in MEASURED else f"ranks {ranks!r}"
-        batches = list(calibration_batches(model, calibration, needed_by))
+        batches = list(calibration_batches(model, calibration, needed_by, calibration_tokens))
     observed: dict[str, InputStatistics] = {}
     if ranks == "importance":
         observed = observe(model, targets, batches, moments=False)
@@ -156,6 +162,7 @@ def measured_anew(
     finished: Plan,
     calibration: Iterable[Batch] | str | None,
     *,
+    calibration_tokens: int | None = None,
     earlier: Mapping[str, Factors] | None = None,
     beyond: int = 0,
 ) -> Plan:
@@ -167,15 +174,17 @@ def measured_anew(
     Args:
         model: unprotected.
         finished: what is protected, left as it is; what it holds measured already stays.
-        calibration, earlier, beyond: as for ``plan``.
+        calibration, calibration_tokens, earlier, beyond: as for ``plan``.
 
     Raises:
         LoricaError: see ``plan``; or the plan does not fit the model.
     """
+    check_tokens(calibration_tokens, calibration, measured=True)
     put_back(model)
     targets, entries = fitting_targets(model, finished), finished.unmeasured
     check_numbers(model)
-    batches = list(calibration_batches(model, calibration, f"a plan with source {entries[0].source!r}"))
+    needed_by = f"a plan with source {entries[0].source!r}"
+    batches = list(calibration_batches(model, calibration, needed_by, calibration_tokens))
     sides = {entry.name: wanted(entry, marginal=False, beyond=beyond) for entry in entries}
     layers = {entry.name: targets[entry.name] for entry in entries}
     sharded = sharded_layers(targets)
@@ -185,11 +194,14 @@ def measured_anew(
     return finished.with_measured(factors=held | found)
 
 
-def calibration_batches(model: nn.Module, calibration: Iterable[Batch] | str | None, needed_by: str) -> Iterable[Batch]:
+def calibration_batches(
+    model: nn.Module, calibration: Iterable[Batch] | str | None, needed_by: str, tokens: int | None = None
+) -> Iterable[Batch]:
     """Return the batches that ``calibration`` of ``plan`` stands for.
 
     Args:
         needed_by: what the errors name.
+        tokens: ``calibration_tokens`` of ``plan``.
 
     Raises:
         LoricaError: it is none, or the model cannot make them.
@@ -212,8 +224,9 @@ def calibration_batches(model: nn.Module, calibration: Iterable[Batch] | str | N
             "each other; give 'random' or batches (calibration_file)"
         )
     if calibration == "self":
-        return own_text(model)
+        return own_text(model) if tokens is None else own_text(model, tokens=tokens)
     decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     length = min(RANDOM_LENGTH, getattr(model.config, "max_position_embeddings", None) or RANDOM_LENGTH)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    return random_tokens(vocabulary, length=length, decoder=decoder)
+    sequences = -(-(tokens or RANDOM_TOKENS) // length)
+    return random_tokens(vocabulary, sequences=sequences, length=length, decoder=decoder)

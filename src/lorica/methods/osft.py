@@ -39,6 +39,8 @@ _BESIDE_A_PLAN = ("plan", "protect_learned", *_REHEARSING, "memory_mode", "predi
 _OF_MEASURING = ("curvature_penalty", "remember_tasks", "remember_rows", "remember_size")
 """Options that go with what is measured; beside a finished plan if that has still to be done."""
 
+_CALIBRATION = ("calibration", "calibration_tokens")
+
 _NOT_PLANNED = (*_BESIDE_A_PLAN, *_OF_MEASURING, "rank_schedule")
 """Options that are no arguments of ``lorica.plan``."""
 
@@ -142,7 +144,7 @@ class OSFT(Method):
 
     def _planning(self, model: nn.Module, index: int) -> dict[str, Any]:
         """Return what ``lorica.plan`` is told for a task besides what it measures by."""
-        asked, apart = self.protection, (*_NOT_PLANNED, "calibration")
+        asked, apart = self.protection, (*_NOT_PLANNED, *_CALIBRATION)
         options = {f.name: getattr(asked, f.name) for f in fields(asked) if f.name not in apart}
         if asked.rank_schedule is not None:
             options["effective_rank"] = scheduled_share(asked.rank_schedule, index)
@@ -151,13 +153,13 @@ class OSFT(Method):
     def _measuring(self, model: nn.Module, texts: Sequence[Batch] | None) -> dict[str, Any]:
         """Return what it measures by: the calibration, and what finished tasks left behind."""
         asked = self.protection
-        calibration: Any = asked.calibration
-        if asked.measures and calibration is None:
-            calibration = "self" if asked.prompts else default_calibration(model)
-        if asked.measures and texts is not None and calibration == "self":
-            calibration = texts
+        found: dict[str, Any] = {"calibration": asked.calibration, "calibration_tokens": asked.calibration_tokens}
+        if asked.measures and asked.calibration is None:
+            found["calibration"] = "self" if asked.prompts else default_calibration(model)
+        if asked.measures and texts is not None and found["calibration"] == "self":
+            found = {"calibration": texts}
         earlier = self.carried.tasks.factors if self.carried.tasks else None
-        return {"calibration": calibration, "earlier": earlier, "beyond": RANK if asked.curvature_penalty else 0}
+        return found | {"earlier": earlier, "beyond": RANK if asked.curvature_penalty else 0}
 
     def _count_learned(self, model: nn.Module) -> None:
         """Set each entry's ``learned`` to how many directions were new to what the source protects."""
@@ -276,7 +278,7 @@ def _check_beside(protection: Protection) -> None:
     """Refuse options that a finished plan leaves without effect."""
     if protection.plan is None:
         return
-    known = {*_BESIDE_A_PLAN, *((*_OF_MEASURING, "calibration") if protection.plan.unmeasured else ())}
+    known = {*_BESIDE_A_PLAN, *((*_OF_MEASURING, *_CALIBRATION) if protection.plan.unmeasured else ())}
     beside = sorted(protection.given() - known)
     if beside:
         raise LoricaError(f"{beside[0]} has no effect beside a plan: say it in the plan")

@@ -15,7 +15,8 @@ from lorica.methods.protection import Protection
 from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal, instead
 from lorica.methods.task import TaskData
 from lorica.subspace.answers import own_answers
-from lorica.subspace.calibration import decodes, own_text
+from lorica.subspace.calibration import TOKENS, decodes, own_text
+from lorica.subspace.observe import IGNORED_LABEL
 
 Texts = list[dict[str, Tensor]]
 
@@ -52,7 +53,8 @@ def written(
     if asked.rehearse:
         return _rehearsed(model, asked, task.seed + task.index, progress and partial(progress, WRITING))
     if asked.prompts and calibrates:
-        return None, own_answers(model, asked.prompts, seed=task.seed + task.index)
+        tokens = asked.calibration_tokens or TOKENS
+        return None, own_answers(model, asked.prompts, tokens=tokens, seed=task.seed + task.index)
     return None, None
 
 
@@ -67,4 +69,21 @@ def _rehearsed(
         texts = own_text(
             model, tokens=total - part, seed=seed, needed_by=NEEDED_BY, instead=instead(model), progress=progress
         )
-    return Rehearsal.of(model, [*texts, *answers], asked.rehearse, asked.rehearse_weight), answers or texts
+    held = Rehearsal.of(model, [*texts, *answers], asked.rehearse, asked.rehearse_weight)
+    return held, first_tokens(answers or texts, asked.calibration_tokens)
+
+
+def first_tokens(texts: Texts, tokens: int | None) -> Texts:
+    """Return the first rows of what a model wrote, until it wrote so many tokens there; None: all of it."""
+    if tokens is None:
+        return texts
+    kept, left = Texts(), tokens
+    for batch in texts:
+        wrote = batch["labels"] != IGNORED_LABEL if "labels" in batch else batch["attention_mask"].bool()
+        together = wrote.sum(1).cumsum(0)
+        rows = int((together < left).sum()) + 1
+        kept.append({name: part[:rows] for name, part in batch.items()})
+        left -= int(together[:rows][-1])
+        if left <= 0:
+            break
+    return kept

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lorica.config import UpdateConfig
 from lorica.constrain.origin import MemoryMode
+from lorica.constrain.plan_options import check_tokens
 from lorica.methods.base import Targets
 from lorica.subspace.calibration import TOKENS, Batch
 from lorica.subspace.plan import Plan
@@ -26,9 +27,11 @@ class Protection(Targets):
 
     Attributes:
         calibration: where none is given and it is needed, "self" for causal models and "random" for others.
+        calibration_tokens: how many of the tokens that the model writes before a task it is measured on, at least 1;
+            by default 32,768, or all that it writes to rehearse. Of random tokens 4,096.
         plan: a finished plan, instead of all other options but ``protect_learned``, those of rehearsal and
-            ``memory_mode``; and if its directions have still to be measured, ``calibration``, ``curvature_penalty`` and
-            those of ``remember_tasks``.
+            ``memory_mode``; and if its directions have still to be measured, those of ``calibration``,
+            ``curvature_penalty`` and those of ``remember_tasks``.
         protect_learned: share of min(M, N), 0 to 1: so many of the top directions of what the finished tasks
             changed in a weight are protected besides. None: none; 0 also gives up those of earlier updates.
         remember_tasks: add what each finished task's inputs (and gradients) were to the calibration of the next ones;
@@ -65,6 +68,7 @@ class Protection(Targets):
     mrr: float | None = None
     trr: float | None = None
     expected_forgetting: float | None = None
+    calibration_tokens: int | None = None
     plan: Plan | None = None
     protect_learned: float | None = None
     remember_tasks: bool = False
@@ -83,6 +87,7 @@ class Protection(Targets):
     def __post_init__(self) -> None:
         if self.protect_learned is not None and not 0 <= self.protect_learned <= 1:
             raise ValueError(f"protect_learned = {self.protect_learned} is out of range: a share from 0 to 1")
+        check_tokens(self.calibration_tokens, self.calibration, measured=self.measures)
         if self.remember_rows < 1:
             raise ValueError(f"remember_rows = {self.remember_rows} is out of range: at least 1")
         if self.remember_tasks and self.plan is None and self.source not in MEASURED:
