@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import lorica
 from lorica.constrain.linear import matrix_of
 from lorica.errors import LoricaError
+from lorica.subspace import observe
+from lorica.subspace.calibration import parts
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.measure import Moment, Wanted, from_sketch, measure, random_basis, sketch_size
 from lorica.subspace.observe import within_memory
@@ -74,6 +76,42 @@ def test_factors_of_a_causal_model_are_the_sums_over_its_positions(name: str) ->
     model = tiny(name, torch.float64)
     batches, masks = zip(*causal_cases(), strict=True)
     assert_same(measured(model, batches, seed=5), by_brute_force(model, planned(model), batches, masks, seed=5))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_factors_are_the_sums_over_the_parts_of_large_batches(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows at a time as there is room for, at least one; labels are drawn part by part."""
+    monkeypatch.setattr(observe, "rows_together", lambda model, layers, length: rows)
+    model = tiny("llama", torch.float64)
+    batches, masks = zip(*causal_cases(), strict=True)
+    cut, cut_masks = (
+        [
+            {key: value[start : start + rows] for key, value in one.items()}
+            for one in whole
+            for start in range(0, 3, rows)
+        ]
+        for whole in (batches, masks)
+    )
+    expected = by_brute_force(model, planned(model), cut, cut_masks, seed=5)
+    assert_same(measured(model, batches, seed=5), expected)
+
+
+def test_a_part_takes_about_as_many_numbers_as_the_model_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    layers = planned(model)
+    width = 2 * sum(sum(matrix_of(layer).shape) for layer in layers.values()) + 6 * model.config.vocab_size
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    for least, room in ((0, numbers), (10**7, 10**7)):
+        monkeypatch.setattr(observe, "PART", least)
+        assert observe.rows_together(model, layers, 5) == room // (5 * width) > 0
+        assert observe.rows_together(model, layers, 10**9) == 1
+
+
+def test_what_has_no_rows_in_common_stays_whole() -> None:
+    ids = ids_of(5, 4)
+    assert [len(part["input_ids"]) for part in parts({"input_ids": ids, "labels": ids}, 2)] == [2, 2, 1]
+    for batch in ({"input_ids": ids, "position": torch.tensor(3)}, {"input_ids": ids, "other": ids[:2]}):
+        assert list(parts(batch, 2)) == [batch]
 
 
 @pytest.mark.parametrize("decoded", [6, 4])

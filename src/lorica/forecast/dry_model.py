@@ -167,9 +167,7 @@ def assumptions(config: UpdateConfig) -> list[str]:
     lines += [] if config.plan_file else _assumed_of_plan(config)
     if config.rehearse:
         longest = ", each with the longest prompt" if config.prompts_file else ""
-        lines.append(
-            f"rehearse: texts of full length{longest}; what it takes to write them before the training is not counted"
-        )
+        lines.append(f"rehearse: texts of full length{longest}")
     if config.predict_forgetting:
         lines.append(
             "predict_forgetting: what it takes is not counted: before the training about 41,000 tokens of the model's "

@@ -95,7 +95,7 @@ def dry_step(
     if isinstance(method, OSFT) and method.curvature is not None:
         ledger.own("curvature", method.curvature.to_keep().values())
     _mark_gradients(ledger, model)
-    _mark_logits(ledger, model)
+    mark_logits(ledger, model)
     optimizer = _optimizer(ledger, model, method, arguments, device)
     if in_backward:
         optimizer = StepInBackward(optimizer)
@@ -113,7 +113,7 @@ def dry_score(model: Any, batch: Batch, device: str) -> Counter[str]:
     """Return the bytes at the peak, by kind, of scoring a batch: a forward pass that keeps keys and values."""
     ledger = Ledger()
     _own_model(ledger, model)
-    _mark_logits(ledger, model)
+    mark_logits(ledger, model)
     training = model.training
     with torch.no_grad(), KernelsOf(device), ledger:
         model.eval()(**batch.tensors())
@@ -181,7 +181,7 @@ def _mark_gradients(ledger: Ledger, model: nn.Module) -> None:
             parameter.register_post_accumulate_grad_hook(mark)
 
 
-def _mark_logits(ledger: Ledger, model: Any) -> None:
+def mark_logits(ledger: Ledger, model: Any) -> None:
     """What is made from the output head on, until the backward pass comes back to it, counts as the loss's."""
 
     def into_loss(module: nn.Module, args: tuple[Tensor, ...]) -> None:

@@ -52,7 +52,7 @@ class Ledger(TorchDispatchMode):
 
     It works below autograd, so that what the backward pass keeps is counted for as long as it is kept. On meta tensors
     all of this costs no memory and next to no time. A question for a value, which a meta tensor has not, is answered
-    with yes (1): all tokens are attended to, the loss is finite.
+    with yes (1): all tokens are attended to, the loss is finite; what a mask leaves of a tensor is all of it.
 
     Attributes:
         kind: what new storages count as.
@@ -105,6 +105,11 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:
             return 1
+        if (
+            func is _aten.index.Tensor
+            and (masks := [index for index in args[1] if index is not None])[0].dtype == torch.bool
+        ):
+            func, args = _aten.clone.default, (args[0].flatten(0, masks[0].ndim - 1),)
         out = func(*args, **(kwargs or {}))
         given, made = list(_tensors((args, kwargs))), list(_tensors(out))
         if self._on and (func._schema.is_mutable or any(self._is_new(tensor) for tensor in made)):

@@ -17,6 +17,7 @@ from lorica.constrain.linear import SubspaceLayer
 from lorica.constrain.protect import bases_of, protected_layers
 from lorica.forecast.dry_run import Step
 from lorica.forecast.ledger import Ledger
+from lorica.forecast.measuring import DIRECTIONS, MOMENTS, REHEARSED, Measuring
 from lorica.forecast.rates import CONTEXT, Machine
 from lorica.subspace.linalg import ROWS
 from lorica.subspace.store import WORTHWHILE, SplitStore
@@ -25,7 +26,10 @@ PROCESS, WORKSPACE, FREED = "process", "float64 workspace", "freed, not given ba
 HELD = ("weights", "W0", "bases", "curvature", "cores")
 """What is there from the split on."""
 
-PHASES = ("load", "split", "score", "train", "audit", "save")
+PHASES = ("load", "measure", "split", "score", "train", "audit", "save")
+
+
+_Held = tuple[str, Mapping[str, int], Mapping[str, int]]
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,18 @@ class Phase:
 
 
 def phases(
-    step: Step, splitting: int, auditing: int, machine: Machine, scoring: Mapping[str, int] | None = None
-) -> list[Phase]:
+    step: Step, splitting: int, auditing: int, machine: Machine, scoring: Mapping[str, int] | None = None,
+    measuring: Measuring | None = None,
+) -> list[Phase]:  # fmt: skip
     """Return what each phase holds.
 
     - load: the weights; beside a GPU they pass through the host.
-    - split: what is there from the split on, and the float64 matrices of the largest weight.
+    - measure: the weights, the sums over what the model is shown, and a pass over a part of it; or what is made of the
+      largest sum.
+    - split: what is there from the split on, what was measured, and the float64 matrices of the largest weight.
     - score: a batch of the rows that are scored before and after, if any are.
     - train: the peak of a step. On the CPU under Linux also what ``malloc`` holds of freed activations, which is as
-      much again as were alive at once in pieces below 32 MB (measured: 0.9 to 1.25 of it).
+      much again as were alive at once in pieces below 32 MB (measured: 0.9 to 1.25 of it), or what measuring left.
     - audit: the float64 matrices of the largest weight's proof, after training.
     - save: what is there still; beside a GPU the weights pass through the host.
 
@@ -62,17 +69,33 @@ def phases(
         step: of ``dry_step``.
         splitting, auditing: of ``split_workspace`` and ``audit_workspace`` for the largest weight.
         scoring: of ``dry_score``.
+        measuring: of ``dry_measure``, where something is measured.
     """
     held = {kind: step.steady[kind] for kind in HELD if step.steady[kind]}
     weights = {"weights": step.steady["weights"]}
-    heap = {FREED: step.small} if machine.device == "cpu" and sys.platform == "linux" else {}
-    training = {kind: n for kind, n in step.peak.items() if n > 0} | heap
-    there = dict(step.host)
-    found = [("load", weights, weights), ("split", held | {WORKSPACE: splitting}, there)]
+    keeps = machine.device == "cpu" and sys.platform == "linux"
+    left = 2 * measuring.small if measuring and keeps else 0  # what was alive, and as much again
+    heap = {FREED: max(step.small, left)} if keeps else {}
+    training = {kind: n for kind, n in step.peak.items() if n > 0}
+    training |= {FREED: max(step.small, left - step.small)} if keeps else {}
+    there = dict(step.host) | ({REHEARSED: measuring.rehearsed} if measuring and measuring.rehearsed else {})
+    found: list[_Held] = [("load", weights, weights)]
+    more: dict[str, int] = {}
+    if measuring and measuring.peak:
+        found.append(("measure", _measured(weights, measuring, keeps=keeps), there))
+        more = {DIRECTIONS: measuring.directions, FREED: left}
+    found.append(("split", held | {WORKSPACE: splitting} | {kind: n for kind, n in more.items() if n}, there))
     found += [("score", {kind: n for kind, n in scoring.items() if n > 0}, there)] if scoring is not None else []
     found += [("train", training, there), ("audit", held | {WORKSPACE: auditing} | heap, there)]
     found.append(("save", held | heap, there | weights))
     return [_phase(name, device, host, machine) for name, device, host in found]
+
+
+def _measured(weights: Mapping[str, int], measuring: Measuring, *, keeps: bool) -> dict[str, int]:
+    """Return the more of both: the passes, and the largest sum's directions in the making beside all sums."""
+    passes = {kind: n for kind, n in measuring.peak.items() if n > 0} | ({FREED: measuring.small} if keeps else {})
+    making = {**weights, MOMENTS: measuring.peak[MOMENTS], WORKSPACE: measuring.workspace}
+    return max(passes, making, key=lambda kinds: sum(kinds.values()))
 
 
 def _phase(name: str, device: Mapping[str, int], host: Mapping[str, int], machine: Machine) -> Phase:

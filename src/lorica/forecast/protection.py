@@ -13,23 +13,24 @@ from lorica.constrain.linear import matrix_of
 from lorica.constrain.planning import calibration_batches
 from lorica.constrain.protect import release
 from lorica.errors import LoricaError
+from lorica.forecast.measuring import given_rows, longest_row
 from lorica.forecast.result import columns
 from lorica.forecast.story import device_of
-from lorica.inputs import asked_of, calibrating, read_rows
+from lorica.inputs import asked_of
 from lorica.lineage import read_lineage
 from lorica.methods import TaskData, build_method
 from lorica.methods.osft import OSFT, default_calibration
 from lorica.methods.protection import given_options
 from lorica.preset import with_preset
 from lorica.subspace.answers import own_answers
-from lorica.subspace.calibration import Batch
+from lorica.subspace.calibration import TOKENS
 from lorica.subspace.factor import Factors
 from lorica.subspace.plan import Plan
 from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.prediction import EnergyShares, Outlook, both_factors, kind_of
 from lorica.subspace.sources import Protected, protected_directions
 from lorica.subspace.store import SplitStore
-from lorica.training.models import load_model, load_model_config, load_tokenizer, pinned, position_limit
+from lorica.training.models import load_model, load_model_config, pinned
 
 ALL = "all"
 _NONE = "-"
@@ -115,8 +116,9 @@ def protection_text(found: Sequence[Protection]) -> str:
 
 
 def _method(settings: UpdateConfig, model_config: Any) -> OSFT:
+    rows = given_rows(settings, model_config)
     given: dict[str, Any] = given_options(settings) | {
-        "calibration": _calibration(settings, model_config),
+        "calibration": settings.calibration if rows is None else rows,
         "plan": Plan.load(settings.plan_file) if settings.plan_file else None,
         "prompts": _prompts(settings, model_config),
         "predict_forgetting": False,
@@ -126,23 +128,9 @@ def _method(settings: UpdateConfig, model_config: Any) -> OSFT:
     return method
 
 
-def _calibration(settings: UpdateConfig, model_config: Any) -> list[Batch] | str | None:
-    """Return what ``Inputs.calibration`` would; no other file is read."""
-    if settings.calibration_file is None:
-        return settings.calibration
-    tokenizer, seq2seq = load_tokenizer(settings), bool(model_config.is_encoder_decoder)
-    longest = _longest_row(settings, model_config)
-    _, rows = read_rows(settings, settings.calibration_file, tokenizer, seq2seq=seq2seq, max_length=longest)
-    return calibrating(rows, tokenizer, seq2seq=seq2seq)
-
-
 def _prompts(settings: UpdateConfig, model_config: Any) -> list[list[int]] | None:
-    seq2seq, longest = bool(model_config.is_encoder_decoder), _longest_row(settings, model_config)
+    seq2seq, longest = bool(model_config.is_encoder_decoder), longest_row(settings, model_config)
     return asked_of(settings, seq2seq=seq2seq, max_length=longest)
-
-
-def _longest_row(settings: UpdateConfig, model_config: Any) -> int:
-    return min(settings.max_length, position_limit(model_config) or settings.max_length)
 
 
 def _factors(model: nn.Module, method: OSFT) -> dict[str, Factors]:
@@ -150,9 +138,11 @@ def _factors(model: nn.Module, method: OSFT) -> dict[str, Factors]:
     asked, entries = method.protection, method.plan.entries
     calibration = default_calibration(model) if asked.calibration is None else asked.calibration
     if asked.prompts and asked.calibration in (None, "self"):
-        calibration = own_answers(model, asked.prompts)
+        calibration = own_answers(model, asked.prompts, tokens=asked.calibration_tokens or TOKENS)
     nbytes = sum(model.get_submodule(entry.name).get_parameter("weight").nbytes for entry in entries)
-    return both_factors(model, entries, list(calibration_batches(model, calibration, "--measure")), nbytes)
+    return both_factors(
+        model, entries, list(calibration_batches(model, calibration, "--measure", asked.calibration_tokens)), nbytes
+    )
 
 
 def _weights_own(model: nn.Module, plan: Plan) -> Iterable[tuple[PlanEntry, Protected]]:

@@ -180,7 +180,7 @@ def _eigh_time(device: str) -> float:
     return _best(lambda: torch.linalg.eigh(matrix), device, repeats=2) / n**3
 
 
-def split_seconds(shapes: Mapping[tuple[int, int], int], machine: Machine) -> float | None:
+def split_seconds(shapes: Mapping[tuple[int, int], int], machine: Machine, *, spectra: bool = True) -> float | None:
     """Return how long the split of weights takes, an estimate.
 
     Per weight, with s the short and l the long side: the Gram matrix (2 l s^2 operations), its eigenvectors (measured,
@@ -189,6 +189,7 @@ def split_seconds(shapes: Mapping[tuple[int, int], int], machine: Machine) -> fl
 
     Args:
         shapes: how many weights of each shape are split.
+        spectra: whether their own spectra are looked at; where directions were measured only bases are made.
     """
     if machine.eigh is None or machine.flops is None:
         return None
@@ -196,6 +197,6 @@ def split_seconds(shapes: Mapping[tuple[int, int], int], machine: Machine) -> fl
     for shape, count in shapes.items():
         sides[min(shape), max(shape)] += count
     return sum(
-        count * (machine.eigh * short**3 + 16 * long * short**2 / machine.flops)
+        count * (spectra * machine.eigh * short**3 + 16 * long * short**2 / machine.flops)
         for (short, long), count in sides.items()
     )

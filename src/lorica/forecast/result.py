@@ -10,6 +10,7 @@ from lorica.forecast.communication import TRAFFIC
 from lorica.forecast.devices import EXTRA, Share
 from lorica.forecast.dry_run import Batch
 from lorica.forecast.ledger import KINDS
+from lorica.forecast.measuring import DIRECTIONS, MOMENTS, REHEARSED
 from lorica.forecast.needs import FREED, PHASES, PROCESS, WORKSPACE, Disk, Phase
 from lorica.forecast.rates import Machine
 from lorica.units import MISSING, estimate, size
@@ -27,6 +28,7 @@ class Way:
         label: its name in the table.
         trainable: numbers that train.
         phases: memory in each phase of the run.
+        measure_seconds: estimate of what the model writes before the run and is measured on; 0: nothing.
         split_seconds, step_seconds: estimates; None where a rate is not known.
         shares: what each of several devices takes, for each layout; empty for one device.
     """
@@ -35,6 +37,7 @@ class Way:
     trainable: int
     phases: list[Phase]
     disk: Disk
+    measure_seconds: float | None
     split_seconds: float | None
     step_seconds: float | None
     shares: list[Share] = field(default_factory=list)
@@ -54,10 +57,11 @@ class Way:
         return max(sum(phase.host.values()) for phase in self.phases)
 
     def run_seconds(self, steps: int | None) -> float | None:
-        """Return the seconds of the split and of all steps."""
-        if steps is None or self.step_seconds is None or self.split_seconds is None:
+        """Return the seconds of measuring, of the split and of all steps."""
+        before = (self.measure_seconds, self.split_seconds)
+        if steps is None or self.step_seconds is None or before[0] is None or before[1] is None:
             return None
-        return self.split_seconds + steps * self.step_seconds
+        return before[0] + before[1] + steps * self.step_seconds
 
     def to_json(self, steps: int | None) -> dict[str, Any]:
         return {
@@ -68,6 +72,7 @@ class Way:
             "host_bytes": self.host_bytes,
             "phases": [phase.to_json() for phase in self.phases],
             "disk": self.disk.to_json(),
+            "measure_seconds": self.measure_seconds,
             "split_seconds": self.split_seconds,
             "step_seconds": self.step_seconds,
             "run_seconds": self.run_seconds(steps),
@@ -149,6 +154,8 @@ class Forecast:
         rows.append(("disk: bases", [_size_of(way.disk.bases) for way in ways]))
         rows.append(("disk: cache of splits", [_size_of(way.disk.cache) for way in ways]))
         rows.append(("trainable numbers", [f"{way.trainable:,}" for way in ways]))
+        if any(way.measure_seconds for way in ways):
+            rows.append(("writing and measuring, estimated", [_estimated(way.measure_seconds) for way in ways]))
         rows.append(("split, estimated", [_estimated(way.split_seconds) for way in ways]))
         rows.append(("step, estimated", [_estimated(way.step_seconds) for way in ways]))
         rows.append(("whole run, estimated", [_estimated(way.run_seconds(self.steps)) for way in ways]))
@@ -194,13 +201,13 @@ def _estimated(seconds: float | None) -> str:
 
 
 def _by_kind(columns: list[Mapping[str, int]]) -> list[tuple[str, list[str]]]:
-    kinds = [PROCESS, *KINDS, *EXTRA, FREED, WORKSPACE]
+    kinds = [PROCESS, *KINDS, MOMENTS, DIRECTIONS, REHEARSED, *EXTRA, FREED, WORKSPACE]
     there = [kind for kind in kinds if any(column.get(kind, 0) >= _SHOWN for column in columns)]
     return [(f"  {kind}", [_size_of(column.get(kind, 0)) for column in columns]) for kind in there]
 
 
 def _phase_sum(way: Way, name: str) -> int:
-    return next(sum(phase.device.values()) for phase in way.phases if phase.name == name)
+    return next((sum(phase.device.values()) for phase in way.phases if phase.name == name), 0)
 
 
 def columns(rows: list[tuple[str, list[str]]], labels: list[str]) -> list[str]:

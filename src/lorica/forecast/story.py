@@ -20,6 +20,7 @@ from lorica.forecast.communication import Layout, sizes_of, units_of
 from lorica.forecast.devices import shares
 from lorica.forecast.dry_model import assumptions, begin, blank_model
 from lorica.forecast.dry_run import Batch, Step, dry_score, dry_step
+from lorica.forecast.measuring import Measuring, dry_measure, shown
 from lorica.forecast.needs import (
     Disk,
     Phase,
@@ -36,6 +37,8 @@ from lorica.forecast.result import Forecast, Way
 from lorica.inputs import Inputs
 from lorica.lineage import read_lineage
 from lorica.methods import METHODS, TaskData
+from lorica.methods.base import Method
+from lorica.methods.osft import OSFT
 from lorica.preset import with_preset
 from lorica.training.arguments import training_arguments
 from lorica.training.deepspeed import undivided
@@ -140,17 +143,21 @@ class _Run:
         self.batches = batches_of(settings, self.arguments, self.model_config, inputs)
         self.layout = layout or _layout(settings, self.machine)
         self.in_parts = layout is not None
+        self.measuring: Measuring | None = None
 
     def way(self, settings: UpdateConfig) -> Way:
         """Return what one way of training needs."""
-        model, step = self._dry(settings, self.batches.worst)
+        model, method, step = self._dry(settings, self.batches.worst)
         same = self.batches.mean == self.batches.worst
-        typical = step if same else self._dry(settings, self.batches.mean)[1]
+        typical = step if same else self._dry(settings, self.batches.mean)[2]
+        measuring = self._measuring(settings, method)
+        if settings is self.settings:
+            self.measuring = measuring
         micro, update = self.machine.seconds(typical.micro), self.machine.seconds(typical.update)
         count = self.arguments.gradient_accumulation_steps
         split = [layer for layer in protected_layers(model).values() if protected_directions(layer)]
         shapes = Counter((layer.out_basis.dim, layer.in_basis.dim) for layer in split)
-        found = self._phases(model, step)
+        found = self._phases(model, step, measuring)
         several = self.layout.devices > 1
         return Way(
             label=_label(settings),
@@ -164,7 +171,8 @@ class _Run:
                 in_parts=self.in_parts,
                 remembered=settings.remember_size if settings.remember_tasks else 0.0,
             ),
-            split_seconds=split_seconds(shapes, self.machine),
+            measure_seconds=measuring.seconds if measuring else 0.0,
+            split_seconds=split_seconds(shapes, self.machine, spectra=not (measuring and measuring.directions)),
             step_seconds=None if micro is None or update is None else count * micro + update,
             shares=shares(found, sizes_of(model, units_of(model)), self.layout, count) if several else [],
         )
@@ -182,13 +190,24 @@ class _Run:
         task = TaskData("forecast", self.index, self.index + 1, [], dict, self.arguments.seed)  # type: ignore[arg-type]
         method = begin(model, settings, task, self.batches.prompt)
         in_backward = settings.optimizer_in_backward
-        return model, dry_step(model, method, batch, self.arguments, self.machine.device, in_backward=in_backward)
+        step = dry_step(model, method, batch, self.arguments, self.machine.device, in_backward=in_backward)
+        return model, method, step
 
-    def _phases(self, model: Any, step: Step) -> list[Phase]:
+    def _measuring(self, settings: UpdateConfig, method: Method) -> Measuring | None:
+        """Return what is measured before the run, None where nothing is and nothing is written."""
+        if not isinstance(method, OSFT) or method.plan is None:
+            return None
+        seen = shown(settings, method.plan, self.model_config, self.batches.prompt)
+        if seen.batch is None and not seen.written:
+            return None
+        model = blank_model(settings, self.model_config)
+        return dry_measure(model, settings, method.plan, seen, self.machine)
+
+    def _phases(self, model: Any, step: Step, measuring: Measuring | None) -> list[Phase]:
         scored = self.batches.scored
         scoring = None if scored is None else dry_score(model, scored, self.machine.device)
         splitting, auditing = (largest(kind, model) for kind in (split_workspace, audit_workspace))
-        return phases(step, splitting, auditing, self.machine, scoring)
+        return phases(step, splitting, auditing, self.machine, scoring, measuring)
 
     def largest(self) -> dict[str, float | None]:
         """Return, for each memory mode, the largest free share that fits the device, None where none does."""
@@ -208,8 +227,8 @@ class _Run:
             "effective_rank", "osft_unfreeze_rank_ratio", "rank_schedule", "mrr", "trr", "expected_forgetting",
         )  # fmt: skip
         update = dict.fromkeys(amounts) | {"unfreeze_rank_ratio": ratio, "memory_mode": mode, "ranks": "uniform"}
-        model, step = self._dry(self.settings.model_copy(update=update), self.batches.worst)
-        found = self._phases(model, step)
+        model, _, step = self._dry(self.settings.model_copy(update=update), self.batches.worst)
+        found = self._phases(model, step, self.measuring)
         return max(sum(phase.device.values()) for phase in found) <= self.machine.memory
 
 

@@ -17,13 +17,13 @@ from torch.nn.utils.rnn import pad_sequence
 from lorica import processes
 from lorica.data.example import IGNORED_LABEL
 from lorica.methods.predicted import Prediction
-from lorica.subspace.calibration import LENGTH, Batch, decodes, evaluating, first_token
+from lorica.subspace.calibration import LENGTH, Batch, decodes, evaluating, first_token, parts
 
 NEEDED_BY, INSTEAD = "rehearse", "leave it out"
 """What the errors of a model that writes no text name, and what they say to do."""
 
-LOGITS = 2**25
-"""So many numbers of logits are looked at together before a task: 128 MB in float32."""
+LOGITS = 2**24
+"""So many numbers of logits are looked at together before a task: 64 MB in float32."""
 
 
 def instead(model: Any) -> str:
@@ -107,14 +107,17 @@ class Rehearsal:
         return cls([Text(ids, labels)], [told], ratio)
 
     def _take_up(self, batch: Batch, held_BL: Tensor, logits_BLV: Tensor) -> None:
-        parts = zip(
-            batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], held_BL, logits_BLV, strict=True
-        )
-        for ids, shown, labels, held, logits in parts:
-            if held.any():
+        # All rows at once: between large pieces that come and go row by row, what is kept would lie scattered, and on a
+        # CPU the memory between would not be given back.
+        made = Prediction.of(logits_BLV[:, : held_BL.shape[1]][held_BL])
+        counts = held_BL.sum(1).tolist()
+        told = zip(*(part.cpu().split(counts) for part in made), strict=True)
+        rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], told, strict=True)
+        for ids, shown, labels, prediction in rows:
+            if len(prediction[-1]):
                 end = int((labels != IGNORED_LABEL).nonzero().max()) + 1
                 self.texts.append(Text(ids[shown].cpu(), labels[:end].cpu()))
-                self.told.append(Prediction(*(part.cpu() for part in Prediction.of(logits[: len(held)][held]))))
+                self.told.append(Prediction(*prediction))
 
     @property
     def positions(self) -> int:
@@ -188,11 +191,9 @@ def row_count(inputs: Mapping[str, Tensor]) -> int:
 
 
 def _parts(model: Any, batch: Batch) -> Iterator[Batch]:
-    """Yield the rows of a batch, as many at a time as have at most ``LOGITS`` logits, or a single one."""
+    """Return the rows of a batch, as many at a time as have at most ``LOGITS`` logits, or a single one."""
     row = batch["labels"].shape[1] * model.get_input_embeddings().num_embeddings
-    names = list(batch)
-    for tensors in zip(*(batch[name].split(max(1, LOGITS // row)) for name in names), strict=True):
-        yield dict(zip(names, tensors, strict=True))
+    return parts(batch, max(1, LOGITS // row))
 
 
 def _labelled(batch: Batch) -> Batch:

@@ -128,6 +128,17 @@ def decodes(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    """Yield the rows of a batch, at most so many at a time; as it is where its tensors have no rows in common."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
+    counts = {len(value) if value.ndim else 0 for value in tensors.values()}
+    if len(counts) != 1 or len(tensors) < len(batch) or max(counts) <= rows:
+        yield batch
+        return
+    for start in range(0, max(counts), rows):
+        yield {name: value[start : start + rows] for name, value in tensors.items()}
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode; afterwards each module back in its own."""

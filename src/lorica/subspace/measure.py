@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import Batch, is_causal
+from lorica.subspace.calibration import Batch, is_causal, own_random
 from lorica.subspace.factor import Factor, Factors
-from lorica.subspace.observe import Positions, check_all_seen, watching, within_memory
+from lorica.subspace.observe import Positions, check_all_seen, in_parts, watching, within_memory
 
 WIDEST = 4096
 """Sides up to this dimension are summed as D x D matrices; wider ones as a sketch."""
@@ -157,7 +157,8 @@ def measure(
     positions may have one prediction (a classifier's) or most of them; the sums over its positions are of both.
     No gradient of a parameter is computed or touched, and the model's mode and flags are as before.
 
-    As many layers are measured in one pass over the batches as ``MOMENT_BYTES`` allow. Layers with the same input get
+    As many layers are measured in one pass over the batches as ``MOMENT_BYTES`` allow, and of a batch as many rows at a
+    time as ``in_parts`` says. Layers with the same input get
     one and the same factor for it.
 
     Args:
@@ -178,7 +179,8 @@ def measure(
     distinct: list[Factor] = []
     needed = {name: wanted[name].nbytes() for name in layers}
     for names in within_memory({name: size for name, size in needed.items() if size}):
-        sums = _pass(model, {name: layers[name] for name in names}, calibration, wanted, seed)
+        batches = in_parts(model, layers, calibration)
+        sums = _pass(model, {name: layers[name] for name in names}, batches, wanted, seed)
         found |= _factors(together(sums) if together else sums, earlier or {}, distinct)
     return found
 
@@ -186,7 +188,7 @@ def measure(
 def _pass(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
-    calibration: Sequence[Batch],
+    batches: Iterator[Batch],
     wanted: Mapping[str, Wanted],
     seed: int,
 ) -> Sums:
@@ -212,7 +214,7 @@ def _pass(
     backward = any(wanted[name].outputs is not None for name in layers)
     handles = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
     with watching(model, handles), _frozen(model), torch.set_grad_enabled(backward):
-        for number, batch in enumerate(calibration):
+        for number, batch in enumerate(batches):
             passing[:] = [Positions(model, batch)]
             output = model(**passing[0].inputs)
             _check_finite(sums)
@@ -256,8 +258,8 @@ def _sampled_losses(model: nn.Module, output: Any, positions: Positions, seed: i
     p_RV = logits_RV.detach().softmax(-1)
     if not bool(p_RV.isfinite().all()):
         raise LoricaError("what the model predicts on the calibration inputs is NaN or inf")
-    generator = torch.Generator(logits.device).manual_seed(seed)
-    drawn = torch.multinomial(p_RV, 1, generator=generator)[:, 0]
+    with own_random(logits.device, seed):
+        drawn = torch.multinomial(p_RV, 1)[:, 0]
     return nn.functional.cross_entropy(logits_RV, drawn, reduction="none")
 
 

@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import Batch, evaluating
+from lorica.subspace.calibration import Batch, evaluating, parts
 
 IGNORED_LABEL = -100
 
 MOMENT_BYTES = 4 * 2**30
 """How much the second moments of the layers that are looked at in one pass may take; more layers take more passes."""
+
+
+PART = 2**24
+"""So many activations and logits pass through a model together at least; through one of more parameters, as many."""
 
 
 @dataclass
@@ -132,8 +137,8 @@ def observe(
 ) -> dict[str, InputStatistics]:
     """Run the calibration batches through the model and return what each layer saw.
 
-    Only the positions that count, see ``Positions``. The model is put in evaluation mode for the pass and back
-    afterwards; no gradient is kept.
+    Only the positions that count, see ``Positions``; a large batch goes in parts, see ``in_parts``. The model is put in
+    evaluation mode for the pass and back afterwards; no gradient is kept.
 
     Args:
         model: the model; batches go to its device.
@@ -153,11 +158,38 @@ def observe(
 
     handles = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
     with watching(model, handles), torch.no_grad():
-        for batch in calibration:
+        for batch in in_parts(model, layers, calibration):
             passing[:] = [Positions(model, batch)]
             model(**passing[0].inputs)
     check_all_seen({name: one.rows for name, one in statistics.items()})
     return statistics
+
+
+def in_parts(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """Yield batches in parts of as many rows as go through the model together: see ``rows_together``.
+
+    What processes share has to stay whole, or one of them would go through the model more often than the others and
+    wait for them.
+    """
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        yield from batches
+        return
+    for batch in batches:
+        length = max((value.shape[1] for value in batch.values() if value.ndim > 1), default=1)
+        yield from parts(batch, rows_together(model, layers, length))
+
+
+def rows_together(model: nn.Module, layers: Mapping[str, nn.Module], length: int) -> int:
+    """Return how many rows of some length take about the memory of the model's weights, or ``PART`` numbers; 1 or more.
+
+    Counted are the layers' inputs, outputs and gradients, and six numbers for each logit: itself, its probability and
+    what the loss and its gradient are computed from.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    logits = 0 if head is None else 6 * len(head.get_parameter("weight"))
+    activations = 2 * sum(sum(layer.get_parameter("weight").shape) for layer in layers.values())
+    most = max(PART, sum(parameter.numel() for parameter in model.parameters()))
+    return max(1, most // (length * (activations + logits)))
 
 
 def check_all_seen(rows: Mapping[str, int], side: str = "inputs") -> None:
