@@ -30,11 +30,25 @@ def _count_or_share(value: Any) -> Any:
         raise ValueError("expected a share such as 0.5, or a count of directions such as 64") from None
 
 
+def _strength(value: Any) -> Any:
+    """Return a number of 0 or more, or auto."""
+    try:
+        strength = value if value == "auto" else float(value)
+    except (TypeError, ValueError):
+        strength = -1.0
+    if strength != "auto" and not 0 <= strength < float("inf"):
+        raise ValueError("expected a strength of 0 or more, or auto")
+    return strength
+
+
 Amount = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_share)]
 """A count of directions (an int) or a share of them (a float): 1 is one direction, 1.0 is all."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 """A share of directions: 0 is none, 1 is all."""
+
+Strength = Annotated[float | Literal["auto"], BeforeValidator(_strength)]
+"""Of a penalty: 0 is none, and auto depends on the task."""
 
 
 class UpdateConfig(BaseModel):
@@ -77,8 +91,8 @@ class UpdateConfig(BaseModel):
 
     preset: Literal["paper", "retain"] = "paper"
     """paper: every option as it stands here. retain: all that kept in our comparisons, of what is not given itself:
-    source curvature, unfreeze_rank_ratio 0.5, remember_tasks, curvature_penalty 300, rehearse 0.5 and rehearse_prompts
-    0.1, as far as the model writes text."""
+    source curvature, unfreeze_rank_ratio 0.5, remember_tasks, curvature_penalty auto, rehearse 0.5 and
+    rehearse_prompts 0.1, as far as the model writes text."""
 
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
     """Share of each weight's directions that may change: 0 nothing, 1 everything; 0.25 if nothing is given."""
@@ -157,9 +171,10 @@ class UpdateConfig(BaseModel):
     """Train the prompts' tokens too, each with this weight beside one of an answer, so that the next update rehearses
     what this one teaches."""
 
-    curvature_penalty: float = Field(default=0.0, ge=0)
+    curvature_penalty: Strength = 0.0
     """Hold the free directions too, each by how much a change along it is expected to make the model forget: the
-    strength of a penalty, such as 300; 0 is none. For source curvature."""
+    strength of a penalty, such as 300, 0 for none, or auto: the more the fewer tokens the update trains. For source
+    curvature."""
 
     predict_forgetting: bool = False
     """Tell how far the update was expected to move what the model predicts on text of its own, and how far it did. For

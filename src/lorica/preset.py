@@ -14,7 +14,7 @@ RETAIN: dict[str, Any] = {
     "source": "curvature",
     "unfreeze_rank_ratio": 0.5,
     "remember_tasks": True,
-    "curvature_penalty": 300.0,
+    "curvature_penalty": "auto",
     "rehearse": 0.5,
     "rehearse_prompts": 0.1,
 }

@@ -29,6 +29,7 @@ from lorica.lineage import (
 )
 from lorica.memory import size_of
 from lorica.methods import METHODS, TaskData, build_method
+from lorica.methods.curvature_penalty import AUTO, strength_for
 from lorica.methods.protection import given_options
 from lorica.preset import with_preset
 from lorica.record import Stopwatch, peak_cuda_memory, peak_memory, write_record
@@ -228,6 +229,8 @@ class Update:
             self.say(f"rehearsal: the model first writes {self.config.rehearse_tokens:,} tokens of text of its own")
         if self.inputs.prompts is not None:
             self.say(f"prompts: the model first answers {len(self.inputs.prompts):,} prompts by itself")
+        if self.config.curvature_penalty == AUTO:
+            self.say(f"curvature_penalty auto: {strength_for(self.inputs.train):,.0f} for this update")
         if self.config.predict_forgetting:
             self.say("forgetting: the model first writes text of its own, about 41,000 tokens, and is measured on it")
         self.method.begin_task(model, self._task(), progress=progress_bar(what))

@@ -177,7 +177,7 @@ def test_what_is_kept_is_counted_for_all_layers(calibration: dict[str, Any]) -> 
 
 def test_own_text_is_as_long_as_asked(calibration: dict[str, Any]) -> None:
     text = calibration["rows"][2]
-    assert text["tokens"] == 64 * 64  # a batch; no text ends early
+    assert text["tokens"] == 128  # two texts, none of which ends early
     assert text["tokens_per_second"] == pytest.approx(text["tokens"] / text["seconds"])
 
 
@@ -201,7 +201,7 @@ def test_the_page_tells_the_calibration(page: Any, calibration: dict[str, Any]) 
         "model_bytes": {"factors": 3.6e9, "bases": 2.8e9},
     }
     curvature["phases"]["measure"]["peak_anonymous"] = 5.1e9
-    text |= {"seconds": 64.0, "tokens_per_second": 64.0}
+    text |= {"tokens": 4096, "seconds": 64.0, "tokens_per_second": 64.0}
     one = page.Measurement(calibration["settings"], [activation, curvature, text], {"threads": 2})
     block = of_page(page, calibration=[one])["calibration"]
     assert cells(block)[1][2:] == [

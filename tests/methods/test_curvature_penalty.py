@@ -16,7 +16,7 @@ from lorica.constrain.protect import protected_layers
 from lorica.errors import LoricaError
 from lorica.forecast.story import forecast
 from lorica.methods import METHODS
-from lorica.methods.curvature_penalty import CurvaturePenalty, Side, Sides
+from lorica.methods.curvature_penalty import KNOWN, CurvaturePenalty, Side, Sides, strength_for
 from lorica.methods.osft import OSFT
 from lorica.subspace.basis import Explicit
 from lorica.subspace.calibration import random_tokens
@@ -39,7 +39,7 @@ def measured(entries: Sequence[PlanEntry]) -> dict[str, Factors]:
     return measure(model, {name: model.get_submodule(name) for name in wanted}, random_tokens(VOCABULARY), wanted)
 
 
-def begun(strength: float = 40.0, **options: Any) -> tuple[nn.Module, OSFT]:
+def begun(strength: float | str = 40.0, **options: Any) -> tuple[nn.Module, OSFT]:
     model = tiny("llama")
     method = METHODS["osft"].build(CURVED | {"curvature_penalty": strength} | options)
     assert isinstance(method, OSFT)
@@ -169,6 +169,8 @@ def test_layers_with_the_same_input_hold_one_moment_of_it() -> None:
     [
         ({"curvature_penalty": -1.0}, "out of range: 0"),
         ({"curvature_penalty": float("nan")}, "out of range: 0"),
+        ({"curvature_penalty": "strong"}, "curvature_penalty"),
+        ({"curvature_penalty": "auto", "source": "weight"}, "source 'curvature' and constraint 'two-sided'"),
         ({"curvature_penalty": 1.0, "source": "weight"}, "source 'curvature' and constraint 'two-sided'"),
         ({"curvature_penalty": 1.0, "constraint": "block"}, "source 'curvature' and constraint 'two-sided'"),
     ],
@@ -176,6 +178,32 @@ def test_layers_with_the_same_input_hold_one_moment_of_it() -> None:
 def test_what_it_cannot_hold_is_refused(options: dict[str, Any], told: str) -> None:
     with pytest.raises(LoricaError, match=told):
         METHODS["osft"].build({"source": "curvature"} | options)
+
+
+@pytest.mark.parametrize(
+    ("trained", "strength"),
+    [(0, 1e6), (1, 1e6), (2, 5e5), (240, 1e6 / 240), (3333, 1e6 / 3333), (3334, 300.0), (10**5, 300.0)],
+)
+def test_what_is_known_weighs_the_same_beside_every_short_task(trained: int, strength: float) -> None:
+    """``trained`` predictions, two to a row with some prompt before them."""
+    rows = [{"input_ids": [4, 5, 6], "labels": [-100, 7, 8]}] * (trained // 2)
+    rows += [{"input_ids": [4], "labels": [7]}] * (trained % 2)
+    assert strength_for(rows) == pytest.approx(strength)
+
+
+def test_auto_is_the_strength_that_fits_the_task() -> None:
+    model, method = begun("auto")
+    told = strength_for(task_of(model).rows)
+    assert method.curvature is not None
+    assert (
+        method.curvature.strength
+        == told
+        == KNOWN / sum(label != -100 for row in task_of(model).rows for label in row["labels"])
+    )
+    alike, given = begun(told)
+    for one in (model, alike):
+        spread(one)
+    assert method.curvature(model).item() == given.curvature(alike).item() > 0
 
 
 def test_a_weight_that_nothing_is_protected_of_is_named() -> None:

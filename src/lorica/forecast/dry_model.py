@@ -95,7 +95,7 @@ def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0) -> 
     if isinstance(method, OSFT) and config.rehearse:
         method.rehearsal = Rehearsal.blank(model, config.rehearse, prompt)
     if isinstance(method, OSFT) and config.curvature_penalty:
-        method.curvature = CurvaturePenalty.blank(model, config.curvature_penalty)
+        method.curvature = CurvaturePenalty.blank(model, 1.0)
     return method
 
 

@@ -20,7 +20,7 @@ from lorica.constrain.sharded_audit import audit_sharded
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress
 from lorica.methods.carried import Carried
-from lorica.methods.curvature_penalty import RANK, CurvaturePenalty
+from lorica.methods.curvature_penalty import AUTO, RANK, CurvaturePenalty, strength_for
 from lorica.methods.forgetting import Change, Foresight
 from lorica.methods.own_texts import written
 from lorica.methods.protection import Protection, scheduled_share
@@ -96,7 +96,7 @@ class OSFT(Method):
         else:
             protect(model, self.plan, memory=self.protection.memory_mode, progress=progress, kept=self.kept)
         if self.protection.curvature_penalty:
-            self.curvature = self._curvature(model, made)
+            self.curvature = self._curvature(model, made, task)
         self.plan = made.with_measured(factors={})  # the bases are made of it, and it is as large as they are
         if self._constraints is not None or self.protection.protect_learned or self._foresight is not None:
             dense = [name for name in self.plan.names() if name not in protected_layers(model)]
@@ -111,9 +111,10 @@ class OSFT(Method):
             parts.append(self.protection.rehearse_prompts * prompt_loss(inputs, logits))
         return sum(parts[1:], parts[0]) if parts else None
 
-    def _curvature(self, model: nn.Module, made: Plan) -> CurvaturePenalty:
+    def _curvature(self, model: nn.Module, made: Plan, task: TaskData) -> CurvaturePenalty:
         """Return what holds the free directions: of what the plan measured, or as it was kept."""
-        strength = self.protection.curvature_penalty
+        asked = self.protection.curvature_penalty
+        strength = strength_for(task.rows) if asked == AUTO else float(asked)
         if self.kept is not None:
             return CurvaturePenalty.kept(self.kept, made.names(), strength, next(model.parameters()).device)
         found = {name: made.factors(name) for name in made.names()}

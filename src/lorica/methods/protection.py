@@ -49,8 +49,9 @@ class Protection(Targets):
         rehearse_prompts: what a token of a prompt counts in the loss beside one of an answer, 0 (nothing) or more: a
             model that has learned to write a task's prompts rehearses that task with the next ones.
         curvature_penalty: strength of a penalty on what a change in the free directions is expected to make the model
-            forget, 0 (none) or more; see ``lorica.methods.curvature_penalty``. For source ``curvature`` and constraint
-            ``two-sided``, which measure what it needs.
+            forget, 0 (none) or more, or "auto", which is stronger for short tasks; see
+            ``lorica.methods.curvature_penalty``. For source ``curvature`` and constraint ``two-sided``, which measure
+            what it needs.
         rank_schedule: protected share, 0 to 1, of each task in order; the last is for all further ones.
         memory_mode: as ``memory`` of ``lorica.protect``.
         predict_forgetting: take down before a task what is needed to foresee and to measure its forgetting, see
@@ -79,7 +80,7 @@ class Protection(Targets):
     rehearse_weight: float = 1.0
     rehearse_tokens: int = TOKENS
     rehearse_prompts: float = 0.0
-    curvature_penalty: float = 0.0
+    curvature_penalty: float | Literal["auto"] = 0.0
     rank_schedule: Sequence[float] | None = None
     memory_mode: MemoryMode = "fast"
     predict_forgetting: bool = False
@@ -108,8 +109,10 @@ class Protection(Targets):
             raise ValueError(f"rehearse_tokens = {self.rehearse_tokens} is out of range: at least 1")
         if not 0 <= self.rehearse_prompts < float("inf"):
             raise ValueError(f"rehearse_prompts = {self.rehearse_prompts} is out of range: 0 (nothing) or more")
-        if not 0 <= self.curvature_penalty < float("inf"):
-            raise ValueError(f"curvature_penalty = {self.curvature_penalty} is out of range: 0 (none) or more")
+        if self.curvature_penalty != "auto" and not 0 <= self.curvature_penalty < float("inf"):
+            raise ValueError(
+                f"curvature_penalty = {self.curvature_penalty} is out of range: 0 (none) or more, or 'auto'"
+            )
         if self.curvature_penalty and not self._measures_both_sides:
             raise ValueError(
                 "curvature_penalty needs both sides of the curvature measured: source 'curvature' and constraint "
