@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,28 @@ from lorica.forecast.rates import memory_of
 from lorica.forecast.result import Way
 from lorica.forecast.story import device_of, expected, least_disk
 from lorica.inputs import Inputs
-from lorica.methods.own_texts import WRITING
+from lorica.subspace.calibration import MEASURING, WRITING, Progress
 from lorica.training.checkpoints import checkpoints_in
 from lorica.training.sharding import Sharding
 from lorica.units import size
 
 
-def progress_bar(what: str) -> Callable[[str, int, int], None]:
-    """Return a progress callback that draws transformers' progress bar, with the time left; another bar for text."""
+def progress_bar(what: str) -> Progress:
+    """Return a progress callback that draws transformers' progress bar, with the time left; writing and measuring,
+    which come before ``what``, get bars of their own."""
     bar: Any = None
+    shown = ""
     if not processes.first():
         return lambda name, done, total: None
 
     def advance(name: str, done: int, total: int) -> None:
-        nonlocal bar
+        nonlocal bar, shown
+        label = name if name in (WRITING, MEASURING) else what
+        if bar is not None and label != shown:  # that one ended early
+            bar.close()
+            bar = None
         if bar is None:
-            bar = transformers_logging.tqdm(total=total, desc=name if name == WRITING else what, leave=False)
+            bar, shown = transformers_logging.tqdm(total=total, desc=label, leave=False), label
         bar.update(done - bar.n)
         if done == total:
             bar.close()

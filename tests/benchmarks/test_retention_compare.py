@@ -143,7 +143,10 @@ FEWER = {"replay-1": 3, "replay-5": 3, "replay-20": 3, "joint": 3, "everything":
 
 @pytest.mark.parametrize(
     ("file", "fewer"),
-    [("knowledge-grid.yaml", FEWER), ("many-grid.yaml", {"replay-5": 3, "held": 3, "held-rehearse": 1, "everything": 1})],
+    [
+        ("knowledge-grid.yaml", FEWER),
+        ("many-grid.yaml", {"replay-5": 3, "held": 3, "held-rehearse": 1, "everything": 1}),
+    ],
 )
 def test_the_committed_grids_give_every_entry_as_many_cells_and_ask_for_what_exists(
     file: str, fewer: dict[str, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lorica.errors import LoricaError
 from lorica.methods import METHODS, rehearsal
 from lorica.methods.predicted import KEPT, Prediction
 from lorica.methods.rehearsal import Rehearsal, Text, prompt_loss, row_count
+from lorica.subspace import observe
 from lorica.subspace.calibration import own_text
 from lorica.update import train
 from tests.builders import same_bases, task_of, tiny
@@ -254,13 +256,35 @@ def test_a_model_of_no_numbers_is_refused_before_it_writes() -> None:
         method.begin_task(model, task_of(model, 0, 1))
 
 
-def test_the_writing_tells_how_far_it_is() -> None:
-    method, model = METHODS["osft"].build({"rehearse": 0.5, "rehearse_tokens": 300}), tiny("llama")
+@pytest.mark.parametrize(
+    ("options", "stages"),
+    [
+        ({"rehearse": 0.5, "rehearse_tokens": 300}, ["writing text"]),
+        ({"source": "curvature"}, ["writing text", "measuring the model"]),
+        ({"ranks": "importance", "calibration": "random"}, ["measuring the model"]),
+        ({"source": "curvature", "rehearse": 0.5, "rehearse_tokens": 300}, ["writing text", "measuring the model"]),
+        ({"predict_forgetting": True}, ["writing text", "measuring the model", "writing text"]),
+    ],
+    ids=str,
+)
+def test_what_comes_before_a_task_tells_how_far_it_is(
+    options: dict[str, Any], stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage from something to all of it, several passes over several parts too; then the split."""
+    monkeypatch.setattr(observe, "MOMENT_BYTES", 1)
+    monkeypatch.setattr(observe, "rows_together", lambda *_: 5)
+    method, model = METHODS["osft"].build(options), tiny("llama")
     told: list[tuple[str, int, int]] = []
     method.begin_task(model, task_of(model, 0, 1), progress=lambda *step: told.append(step))
-    written = [(done, total) for name, done, total in told if name == "writing text"]
-    assert written[-1] == (300, 300)
-    assert written == sorted(written)
+    split = set(method.plan.names())
+    before = [(name, list(steps)) for name, steps in groupby(told, key=lambda step: step[0]) if name not in split]
+    assert [name for name, _ in before] == stages
+    for _, steps in before:
+        done, totals = [step[1] for step in steps], {step[2] for step in steps}
+        assert len(totals) == 1
+        assert done[-1] == max(totals)
+        assert done == sorted(set(done))
+    assert told[-1][0] in split
 
 
 def update(model: Path, out: Path, **options: Any) -> dict[str, Any]:

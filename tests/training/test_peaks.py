@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 import lorica
 from lorica.config import build_config
 from lorica.lineage import weights_sha256
-from lorica.told import memory_told
+from lorica.told import memory_told, progress_bar
 from lorica.training import output
 from lorica.training.model_state import load_weights
 from lorica.training.models import read_model, read_model_config
@@ -76,6 +76,34 @@ def test_the_peak_is_told_and_recorded(llama_folder: Path, rows: Callable[..., s
     assert "expected, in " in foretold
     assert foretold.endswith(", fast")
     assert 2e8 < cost["expected_peak_bytes"] < 2e10
+
+
+def test_each_stage_before_training_has_a_bar_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after one that ends before its total, as answers to few prompts do."""
+    told: list[tuple[str, int, str]] = []
+
+    class Bar:
+        def __init__(self, total: int, desc: str, leave: bool) -> None:
+            self.total, self.desc, self.n = total, desc, 0
+
+        def update(self, more: int) -> None:
+            self.n += more
+
+        def close(self) -> None:
+            told.append((self.desc, self.n, f"of {self.total}"))
+
+    monkeypatch.setattr("lorica.told.transformers_logging.tqdm", Bar)
+    advance = progress_bar("splitting weights")
+    for step in (
+        ("writing text", 30, 100), ("writing text", 60, 100), ("measuring the model", 1, 2),
+        ("measuring the model", 2, 2), ("a.weight", 1, 2), ("b.weight", 2, 2),
+    ):  # fmt: skip
+        advance(*step)
+    assert told == [
+        ("writing text", 60, "of 100"),
+        ("measuring the model", 2, "of 2"),
+        ("splitting weights", 2, "of 2"),
+    ]
 
 
 def test_a_method_that_cannot_be_forecast_says_so(llama_folder: Path, rows: Callable[..., str], tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from lorica.constrain.checkpoint import Stripped, Weights, open_weights, prefix_
 from lorica.constrain.plan_options import UNFREEZE_RANK_RATIO
 from lorica.constrain.targets import is_target_key, natural_order
 from lorica.errors import LoricaError
+from lorica.subspace.calibration import Progress
 from lorica.subspace.plan import Plan
 from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.ranks import share_to_count
@@ -25,7 +26,7 @@ def audit(
     plan: Plan | None = None,
     *,
     unfreeze_rank_ratio: float | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> AuditReport:
     """Compare two states of a model and return what the change did to the protected directions.
 

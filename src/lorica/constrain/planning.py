@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -15,7 +16,7 @@ from lorica.constrain.sharded_plan import add_up, check_numbers, sharded_layers,
 from lorica.constrain.targets import check_whole, family, find_targets
 from lorica.constrain.transport import put_back
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import Batch, own_text, random_tokens
+from lorica.subspace.calibration import Batch, Progress, own_text, random_tokens
 from lorica.subspace.factor import Factors
 from lorica.subspace.measure import measure
 from lorica.subspace.observe import InputStatistics, observe
@@ -49,6 +50,7 @@ def plan(
     expected_forgetting: float | None = None,
     earlier: Mapping[str, Factors] | None = None,
     beyond: int = 0,
+    progress: Progress | None = None,
 ) -> Plan:
     """Decide what is protected in which weight; nothing is changed yet.
 
@@ -94,6 +96,7 @@ def plan(
         earlier: what finished tasks left behind (``FactorMemory.factors``), to count beside the calibration; for the
             sources that measure.
         beyond: how many directions of a side that is measured are told apart besides the protected ones.
+        progress: called as ``progress(name, done, total)`` while the model writes its text and is measured.
         mrr, trr: minimum and target retention ratio of ``importance``, 0 to 1; 0.1 and 0.8 by default.
 
     Returns:
@@ -130,10 +133,10 @@ def plan(
     if ranks == "importance" or source in MEASURED:
         check_numbers(model)
         needed_by = f"source {source!r}" if source in MEASURED else f"ranks {ranks!r}"
-        batches = list(calibration_batches(model, calibration, needed_by, calibration_tokens))
+        batches = list(calibration_batches(model, calibration, needed_by, calibration_tokens, progress))
     observed: dict[str, InputStatistics] = {}
     if ranks == "importance":
-        observed = observe(model, targets, batches, moments=False)
+        observed = observe(model, targets, batches, moments=False, progress=progress)
         add_up(model, observed, sharded)
     shapes = {name: matrix_of(module).shape for name, module in targets.items()}
     entries = [
@@ -151,7 +154,7 @@ def plan(
         return result
     sides = {entry.name: wanted(entry, marginal=ranks == "marginal", beyond=beyond) for entry in result.entries}
     together = sums_at_owners(model, sharded) if sharded else None
-    factors = measure(model, targets, batches, sides, earlier=earlier, together=together)
+    factors = measure(model, targets, batches, sides, earlier=earlier, together=together, progress=progress)
     if ranks == "marginal":
         result.entries = marginal_entries(result.entries, factors, expected_forgetting)
     return result.with_measured(factors=factors)
@@ -165,6 +168,7 @@ def measured_anew(
     calibration_tokens: int | None = None,
     earlier: Mapping[str, Factors] | None = None,
     beyond: int = 0,
+    progress: Progress | None = None,
 ) -> Plan:
     """Return a plan that was read from a file with the measured directions that it asks for.
 
@@ -174,7 +178,7 @@ def measured_anew(
     Args:
         model: unprotected.
         finished: what is protected, left as it is; what it holds measured already stays.
-        calibration, calibration_tokens, earlier, beyond: as for ``plan``.
+        calibration, calibration_tokens, earlier, beyond, progress: as for ``plan``.
 
     Raises:
         LoricaError: see ``plan``; or the plan does not fit the model.
@@ -184,24 +188,28 @@ def measured_anew(
     targets, entries = fitting_targets(model, finished), finished.unmeasured
     check_numbers(model)
     needed_by = f"a plan with source {entries[0].source!r}"
-    batches = list(calibration_batches(model, calibration, needed_by, calibration_tokens))
+    batches = list(calibration_batches(model, calibration, needed_by, calibration_tokens, progress))
     sides = {entry.name: wanted(entry, marginal=False, beyond=beyond) for entry in entries}
     layers = {entry.name: targets[entry.name] for entry in entries}
     sharded = sharded_layers(targets)
     together = sums_at_owners(model, sharded) if sharded else None
-    found = measure(model, layers, batches, sides, earlier=earlier, together=together)
+    found = measure(model, layers, batches, sides, earlier=earlier, together=together, progress=progress)
     held = {name: known for name in finished.names() if (known := finished.factors(name)) is not None}
     return finished.with_measured(factors=held | found)
 
 
 def calibration_batches(
-    model: nn.Module, calibration: Iterable[Batch] | str | None, needed_by: str, tokens: int | None = None
+    model: nn.Module,
+    calibration: Iterable[Batch] | str | None,
+    needed_by: str,
+    tokens: int | None = None,
+    progress: Progress | None = None,
 ) -> Iterable[Batch]:
     """Return the batches that ``calibration`` of ``plan`` stands for.
 
     Args:
         needed_by: what the errors name.
-        tokens: ``calibration_tokens`` of ``plan``.
+        tokens, progress: ``calibration_tokens`` and ``progress`` of ``plan``.
 
     Raises:
         LoricaError: it is none, or the model cannot make them.
@@ -224,7 +232,8 @@ def calibration_batches(
             "each other; give 'random' or batches (calibration_file)"
         )
     if calibration == "self":
-        return own_text(model) if tokens is None else own_text(model, tokens=tokens)
+        own = partial(own_text, model, progress=progress)
+        return own() if tokens is None else own(tokens=tokens)
     decoder = bool(getattr(model.config, "is_encoder_decoder", False))
     length = min(RANDOM_LENGTH, getattr(model.config, "max_position_embeddings", None) or RANDOM_LENGTH)
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

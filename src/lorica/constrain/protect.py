@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lorica.constrain.targets import check_targets, user_pattern
 from lorica.constrain.transport import put_back
 from lorica.errors import LoricaError, did_you_mean
 from lorica.subspace.basis import Basis
+from lorica.subspace.calibration import Progress
 from lorica.subspace.orthonormal import complement
 from lorica.subspace.plan import Plan
 from lorica.subspace.plan_entry import PlanEntry
@@ -36,7 +37,7 @@ def protect(
     plan: Plan,
     *,
     memory: str = "fast",
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     kept: KeptBases | None = None,
 ) -> nn.Module:
     """Constrain the planned weights in place; from here on any training leaves the protected directions alone.

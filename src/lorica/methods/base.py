@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar, Self
@@ -18,9 +18,8 @@ from lorica.methods.forgetting import Forgetting
 from lorica.methods.options import checked_options
 from lorica.methods.task import Rows, TaskData
 from lorica.registry import Registry
+from lorica.subspace.calibration import Progress as Progress
 from lorica.subspace.plan import Plan
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from lorica import processes
 from lorica.errors import LoricaError
 from lorica.methods.rehearsal import LOGITS, Rehearsal
-from lorica.subspace.calibration import LENGTH, evaluating, own_text
+from lorica.subspace.calibration import LENGTH, Progress, evaluating, own_text
 from lorica.subspace.factor import Factors
 from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.prediction import Outlook, both_factors, expected_divergence, kind_of
@@ -79,23 +80,25 @@ class Foresight:
     aside: Rehearsal
 
     @classmethod
-    def of(cls, model: Any, entries: Sequence[PlanEntry], seed: int) -> Self:
+    def of(cls, model: Any, entries: Sequence[PlanEntry], seed: int, progress: Progress | None = None) -> Self:
         """Let a plain causal model write text and look at it there.
 
         Args:
             model: before the task.
             entries: of the plan, of any source.
             seed: another one for each task.
+            progress: is told of what is written and measured.
 
         Raises:
             LoricaError: the model writes no text, or processes share it.
         """
         if processes.in_step(model):
             raise LoricaError(f"{NEEDED_BY} is not for a model that several processes share; {INSTEAD}")
-        text = own_text(model, needed_by=NEEDED_BY, instead=INSTEAD)
+        writing = partial(own_text, model, needed_by=NEEDED_BY, instead=INSTEAD, progress=progress)
+        text = writing()
         weights = [model.get_submodule(entry.name).get_parameter("weight") for entry in entries]
-        factors = both_factors(model, entries, text, sum(weight.nbytes for weight in weights))
-        other = own_text(model, tokens=TOKENS, seed=ASIDE + seed, needed_by=NEEDED_BY, instead=INSTEAD)
+        factors = both_factors(model, entries, text, sum(weight.nbytes for weight in weights), progress)
+        other = writing(tokens=TOKENS, seed=ASIDE + seed)
         return cls(factors, Rehearsal.of(model, other, ratio=1.0, weight=1.0))
 
     def outcome(self, model: Any, changes: Iterable[Change]) -> Forgetting:

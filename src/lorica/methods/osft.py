@@ -85,10 +85,10 @@ class OSFT(Method):
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
         self.rehearsal, texts = written(model, self.protection, task, calibrates=self.kept is None, progress=progress)
-        self.plan = made = self._plan(model, task.index, texts)
+        self.plan = made = self._plan(model, task.index, texts, progress)
         self.forgetting = None
         if self.protection.predict_forgetting:
-            self._foresight = Foresight.of(model, self.plan.entries, task.seed + task.index)
+            self._foresight = Foresight.of(model, self.plan.entries, task.seed + task.index, progress)
         if any(entry.constraint == "block" for entry in self.plan.entries):
             if self.protection.memory_mode != "fast":
                 raise LoricaError("memory_mode 'lean' has no effect with constraint 'block', which the optimizer holds")
@@ -127,7 +127,9 @@ class OSFT(Method):
         if self.rehearsal is not None:
             self.rehearsal.drawn = state["drawn"]
 
-    def _plan(self, model: nn.Module, index: int, texts: Sequence[Batch] | None) -> Plan:
+    def _plan(
+        self, model: nn.Module, index: int, texts: Sequence[Batch] | None, progress: Progress | None = None
+    ) -> Plan:
         """Return the plan of a task: as the options say, or as it was kept, with what finished tasks left behind.
 
         Args:
@@ -135,9 +137,9 @@ class OSFT(Method):
         """
         made = self.protection.plan if self.kept is None else self.kept.plan
         if made is None:
-            made = plan(model, **self._planning(model, index), **self._measuring(model, texts))
+            made = plan(model, **self._planning(model, index), **self._measuring(model, texts), progress=progress)
         elif self.kept is None and made.unmeasured and not next(model.parameters()).is_meta:
-            made = measured_anew(model, made, **self._measuring(model, texts))
+            made = measured_anew(model, made, **self._measuring(model, texts), progress=progress)
         learned = {e.name: self.carried.learned.directions(e.name, e.shape) for e in made.entries}
         if any(learned.values()):
             made = made.with_measured(learned={name: pair for name, pair in learned.items() if pair is not None})

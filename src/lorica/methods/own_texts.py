@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 from torch import Tensor, nn
 
 from lorica import processes
@@ -21,10 +18,6 @@ from lorica.subspace.observe import IGNORED_LABEL
 Texts = list[dict[str, Tensor]]
 
 
-WRITING = "writing text"
-"""What progress is told of by this name."""
-
-
 def written(
     model: nn.Module, asked: Protection, task: TaskData, *, calibrates: bool, progress: Progress | None = None
 ) -> tuple[Rehearsal | None, Texts | None]:
@@ -36,7 +29,7 @@ def written(
     Args:
         task: the task that begins, whose seed and place in the stream decide what is drawn.
         calibrates: whether anything is to be measured on it; a resumed task has its bases already.
-        progress: is told of the text from BOS, in tokens.
+        progress: is told of what is written, in tokens.
 
     Raises:
         LoricaError: the model writes no text, or is shared by processes.
@@ -51,20 +44,18 @@ def written(
     if asked.rehearse or asked.prompts:
         check_numbers(model)
     if asked.rehearse:
-        return _rehearsed(model, asked, task.seed + task.index, progress and partial(progress, WRITING))
+        return _rehearsed(model, asked, task.seed + task.index, progress)
     if asked.prompts and calibrates:
         tokens = asked.calibration_tokens or TOKENS
-        return None, own_answers(model, asked.prompts, tokens=tokens, seed=task.seed + task.index)
+        return None, own_answers(model, asked.prompts, tokens=tokens, seed=task.seed + task.index, progress=progress)
     return None, None
 
 
-def _rehearsed(
-    model: nn.Module, asked: Protection, seed: int, progress: Callable[[int, int], None] | None
-) -> tuple[Rehearsal, Texts]:
+def _rehearsed(model: nn.Module, asked: Protection, seed: int, progress: Progress | None) -> tuple[Rehearsal, Texts]:
     answers, texts, part, total = Texts(), Texts(), 0, asked.rehearse_tokens
     if asked.prompts:
         part = total if decodes(model) else total // 2
-        answers = own_answers(model, asked.prompts, tokens=part, seed=seed)
+        answers = own_answers(model, asked.prompts, tokens=part, seed=seed, progress=progress)
     if part < total:
         texts = own_text(
             model, tokens=total - part, seed=seed, needed_by=NEEDED_BY, instead=instead(model), progress=progress

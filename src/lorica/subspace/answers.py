@@ -14,6 +14,8 @@ from lorica.errors import LoricaError
 from lorica.subspace.calibration import (
     LENGTH,
     TOKENS,
+    WRITING,
+    Progress,
     decodes,
     end_tokens,
     evaluating,
@@ -35,7 +37,13 @@ def answer_length(limit: int | None) -> int:
 
 @torch.no_grad()
 def own_answers(
-    model: Any, prompts: Sequence[Sequence[int]], *, tokens: int = TOKENS, batch_size: int = 64, seed: int = 0
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int = TOKENS,
+    batch_size: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return batches of prompts with the answers that a model writes by itself: what it does when it is asked.
 
@@ -49,6 +57,7 @@ def own_answers(
         prompts: token ids of each, one or more; what the model has positions for, with an answer behind.
         tokens: sample until the answers hold so many together.
         batch_size: prompts at a time.
+        progress: is told, as ``WRITING``, how many tokens the answers have, and how many they may.
 
     Returns:
         Rows as they are trained on, on the CPU and padded on the right: ``input_ids`` (prompt and answer; of an
@@ -72,6 +81,8 @@ def own_answers(
             batches.append(_rows(asked, answers, apart=decodes(model)))
             found = sum(map(len, answers))
             counted += found
+            if progress:
+                progress(WRITING, min(counted, tokens), tokens)
             rows = max(1, min(batch_size, (tokens - counted) * len(drawn) // found))
     return batches
 

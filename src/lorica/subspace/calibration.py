@@ -13,6 +13,12 @@ from lorica.errors import LoricaError
 
 Batch = Mapping[str, Tensor]
 
+Progress = Callable[[str, int, int], None]
+"""Is told of long work as ``progress(name, done, total)``."""
+
+WRITING, MEASURING = "writing text", "measuring the model"
+"""Its names for what comes before a task."""
+
 LENGTH = 64
 """Tokens of a text that a model writes, at most."""
 
@@ -52,7 +58,7 @@ def own_text(
     seed: int = 0,
     needed_by: str = 'calibration "self"',
     instead: str = 'give batches, or "random" for random tokens',
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return batches of text that a causal model writes by itself: what it has learned, without any data.
 
@@ -66,7 +72,7 @@ def own_text(
             writes more of them.
         length, batch_size, seed: how long a text is at most, and how many of that length are sampled at a time.
         needed_by, instead: what the errors name, and what they say to do.
-        progress: is told how many tokens have been sampled, and of how many.
+        progress: is told, as ``WRITING``, how many tokens have been sampled, and of how many.
 
     Raises:
         LoricaError: the model does not continue a text by itself, or has neither BOS nor EOS to begin with.
@@ -86,7 +92,7 @@ def own_text(
             found = int(batches[-1]["attention_mask"].sum())
             counted += found
             if progress:
-                progress(min(counted, tokens), tokens)
+                progress(WRITING, min(counted, tokens), tokens)
             rows = max(1, min(batch_size * length, tokens - counted) * rows // found)
     return batches
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import Batch, is_causal, own_random
+from lorica.subspace.calibration import Batch, Progress, is_causal, own_random
 from lorica.subspace.factor import Factor, Factors
-from lorica.subspace.observe import Positions, check_all_seen, in_parts, watching, within_memory
+from lorica.subspace.observe import Positions, check_all_seen, in_parts, told_of, watching, within_memory
 
 WIDEST = 4096
 """Sides up to this dimension are summed as D x D matrices; wider ones as a sketch."""
@@ -146,6 +146,7 @@ def measure(
     earlier: Mapping[str, Factors] | None = None,
     seed: int = 0,
     together: Callable[[Sums], Sums] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Factors]:
     """Return the factors of each layer over the positions that count (see ``Positions``).
 
@@ -170,6 +171,7 @@ def measure(
         seed: of the sampled labels.
         together: adds up what several processes summed, each of its own batches, and returns what is this one's to
             make factors of.
+        progress: is told, as ``MEASURING``, of every part of a batch.
 
     Raises:
         LoricaError: no batch was given, a layer saw no input or no gradient, the model predicts nothing or computes
@@ -178,8 +180,9 @@ def measure(
     found: dict[str, Factors] = {}
     distinct: list[Factor] = []
     needed = {name: wanted[name].nbytes() for name in layers}
-    for names in within_memory({name: size for name, size in needed.items() if size}):
-        batches = in_parts(model, layers, calibration)
+    groups = list(within_memory({name: size for name, size in needed.items() if size}))
+    for number, names in enumerate(groups):
+        batches = told_of(list(in_parts(model, layers, calibration)), progress, number, len(groups))
         sums = _pass(model, {name: layers[name] for name in names}, batches, wanted, seed)
         found |= _factors(together(sums) if together else sums, earlier or {}, distinct)
     return found

@@ -5,7 +5,7 @@ Shape suffixes: B sequences, L positions, R rows (the B x L positions that count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import Batch, evaluating, parts
+from lorica.subspace.calibration import MEASURING, Batch, Progress, evaluating, parts
 
 IGNORED_LABEL = -100
 
@@ -133,7 +133,12 @@ def watching(model: nn.Module, handles: list[Any]) -> Iterator[None]:
 
 
 def observe(
-    model: nn.Module, layers: Mapping[str, nn.Module], calibration: Iterable[Batch], *, moments: bool
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    calibration: Iterable[Batch],
+    *,
+    moments: bool,
+    progress: Progress | None = None,
 ) -> dict[str, InputStatistics]:
     """Run the calibration batches through the model and return what each layer saw.
 
@@ -145,6 +150,7 @@ def observe(
         layers: the layers to watch, by name.
         calibration: batches as the model takes them: mappings with ``input_ids`` and whatever else.
         moments: whether to sum x x^T too (N x N float64 per layer).
+        progress: is told, as ``MEASURING``, of every part of a batch.
 
     Raises:
         LoricaError: no batch was given, or a layer saw no input.
@@ -158,7 +164,7 @@ def observe(
 
     handles = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
     with watching(model, handles), torch.no_grad():
-        for batch in in_parts(model, layers, calibration):
+        for batch in told_of(list(in_parts(model, layers, calibration)), progress):
             passing[:] = [Positions(model, batch)]
             model(**passing[0].inputs)
     check_all_seen({name: one.rows for name, one in statistics.items()})
@@ -177,6 +183,18 @@ def in_parts(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterabl
     for batch in batches:
         length = max((value.shape[1] for value in batch.values() if value.ndim > 1), default=1)
         yield from parts(batch, rows_together(model, layers, length))
+
+
+def told_of(parts: Sequence[Batch], progress: Progress | None, number: int = 0, passes: int = 1) -> Iterator[Batch]:
+    """Yield the parts of a pass and tell of each once it is done.
+
+    Args:
+        number, passes: which of how many passes over the same parts it is, from 0.
+    """
+    for done, part in enumerate(parts, start=number * len(parts) + 1):
+        yield part
+        if progress:
+            progress(MEASURING, done, passes * len(parts))
 
 
 def rows_together(model: nn.Module, layers: Mapping[str, nn.Module], length: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self
 
 from torch import Tensor, nn
 
-from lorica.subspace.calibration import Batch
+from lorica.subspace.calibration import Batch, Progress
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.measure import Wanted, measure
 from lorica.subspace.memory import KEPT_AS, memory_rank
@@ -164,7 +164,11 @@ def kind_of(name: str) -> str:
 
 
 def both_factors(
-    model: nn.Module, entries: Sequence[PlanEntry], calibration: Sequence[Batch], nbytes: float
+    model: nn.Module,
+    entries: Sequence[PlanEntry],
+    calibration: Sequence[Batch],
+    nbytes: float,
+    progress: Progress | None = None,
 ) -> dict[str, Factors]:
     """Return A and B of the weights of a plan, whatever its source, on the CPU; as many directions as fit.
 
@@ -173,6 +177,7 @@ def both_factors(
         entries: of the plan.
         calibration: batches as the model takes them; see ``measure``.
         nbytes: how much all of them take together at most.
+        progress: see ``measure``.
     """
     rank = memory_rank([dim for entry in entries for dim in entry.shape], nbytes)
     wanted = {entry.name: Wanted(entry.shape, inputs=rank, outputs=rank) for entry in entries}
@@ -182,7 +187,7 @@ def both_factors(
     def aside(factor: Factor) -> Factor:
         return factor.aside(KEPT_AS)
 
-    found = measure(model, layers, calibration, wanted)
+    found = measure(model, layers, calibration, wanted, progress=progress)
     return {
         name: Factors(*(None if side is None else aside(side) for side in (one.inputs, one.outputs)))
         for name, one in found.items()
