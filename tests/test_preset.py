@@ -149,6 +149,8 @@ def test_an_update_under_it_is_recorded_and_foretold(
     assert {name: record["config"][name] for name in RETAIN} == RETAIN
     assert {entry["source"] for entry in record["plan"]} == {"curvature"}
     assert record["carried_bytes"] > 0
+    assert 300 <= record["curvature_strength"] <= 10_000
+    assert f"curvature_penalty auto: {record['curvature_strength']:,.0f} for these rows" in told
     assert all(row["holds"] for row in record["leakage"])
     assert "rehearsal: the model first writes 200 tokens of text of its own" in told
     foreseen = forecast(build_forecast_config({name: value for name, value in given.items() if name != "train_file"}))

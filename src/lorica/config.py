@@ -130,8 +130,8 @@ class UpdateConfig(BaseModel):
     data."""
 
     calibration_tokens: int | None = Field(default=None, ge=1)
-    """How many of the tokens that the model writes before the update it is measured on: 32,768 if nothing is given, or
-    all that rehearse_tokens and prompts_file made it write; of random tokens 4,096."""
+    """How many of the tokens that the model writes before the update it is measured on: 32,768 if nothing is given.
+    With rehearse these are the first of rehearse_tokens, with prompts_file answers alone. Of random tokens 4,096."""
 
     calibration_file: str | None = None
     """Rows that calibrate importance and every source but weight, instead of calibration."""
@@ -173,8 +173,8 @@ class UpdateConfig(BaseModel):
 
     curvature_penalty: Strength = 0.0
     """Hold the free directions too, each by how much a change along it is expected to make the model forget: the
-    strength of a penalty, such as 300, 0 for none, or auto: the more the fewer tokens the update trains. For source
-    curvature."""
+    strength of a penalty, such as 300, 0 for none, or auto: the more the fewer tokens the training rows train. For
+    source curvature."""
 
     predict_forgetting: bool = False
     """Tell how far the update was expected to move what the model predicts on text of its own, and how far it did. For

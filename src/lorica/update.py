@@ -190,12 +190,18 @@ class Update:
             "carried_bytes": size_of(self.method.state_dict()),
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
+            "curvature_strength": self._strength(),
             "predicted_forgetting": None if forgetting is None else asdict(forgetting),
             "cost": self._cost(trainable) | {"expected_peak_bytes": None if way is None else way.device_bytes},
         }
         record["rejected"] = forgotten(record["scores"], self.config.max_forgetting)
         processes.by_first(lambda: self._finish(output_dir, record))
         return record
+
+    def _strength(self) -> float:
+        """Return the strength of the curvature penalty, in numbers."""
+        asked = self.config.curvature_penalty
+        return strength_for(self.inputs.train, causal=not self.seq2seq) if asked == AUTO else float(asked)
 
     def _open(self, output_dir: Path, plan: Plan | None) -> None:
         """Write what is known before training."""
@@ -230,7 +236,7 @@ class Update:
         if self.inputs.prompts is not None:
             self.say(f"prompts: the model first answers {len(self.inputs.prompts):,} prompts by itself")
         if self.config.curvature_penalty == AUTO:
-            self.say(f"curvature_penalty auto: {strength_for(self.inputs.train):,.0f} for this update")
+            self.say(f"curvature_penalty auto: {self._strength():,.0f} for these rows")
         if self.config.predict_forgetting:
             self.say("forgetting: the model first writes text of its own, about 41,000 tokens, and is measured on it")
         self.method.begin_task(model, self._task(), progress=progress_bar(what))

@@ -6,17 +6,23 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
 
 import lorica
 from lorica.config import UpdateConfig
 from lorica.constrain.plan_counts import wanted
 from lorica.constrain.targets import find_targets
+from lorica.forecast import measuring
+from lorica.forecast.dry_model import blank_model
 from lorica.forecast.dry_run import Batch
+from lorica.forecast.ledger import Ledger
 from lorica.forecast.measuring import DIRECTIONS, MOMENTS, Shown, dry_measure, shown
 from lorica.forecast.needs import FREED, Phase
 from lorica.forecast.rates import Machine
@@ -43,6 +49,11 @@ def settings(**options: Any) -> UpdateConfig:
 
 def phase(way: Way, name: str) -> Phase:
     return next(one for one in way.phases if one.name == name)
+
+
+def phase_of(phases: Sequence[Phase]) -> int:
+    """Return the bytes of the phase of measuring."""
+    return next(sum(one.device.values()) for one in phases if one.name == "measure")
 
 
 def names(way: Way) -> list[str]:
@@ -164,6 +175,60 @@ def test_a_large_vocabulary_goes_through_in_parts(config_folder: Folder, monkeyp
         held[vocabulary] = sum(device.values()) - device["weights"] - device["process"]
     assert held[8000] < 6 * 4 * 2**20
     assert held[64] > held[8000] / 20
+
+
+def test_the_second_part_meets_the_sums_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients' sums begin with the first backward pass, so that the second forward pass is the peak."""
+    plan = lorica.plan(tiny("llama"), **CURVATURE, calibration="random")
+
+    def measured(rows: int, together: int) -> Any:
+        monkeypatch.setattr(measuring, "rows_together", lambda *_: together)
+        shapes = Shown(Batch(rows, 16), 1, 0)
+        return dry_measure(tiny("llama").to("meta"), settings(**CURVATURE), plan, shapes, CPU)
+
+    once, often = measured(8, 8), measured(64, 8)
+    assert often.peak.total() > once.peak.total()
+    assert often.seconds > once.seconds
+    model, sides = tiny("llama"), {entry.name: wanted(entry, marginal=False) for entry in plan.entries}
+    inputs = batch(model, rows=24, length=16)
+    monkeypatch.setattr(observe, "rows_together", lambda *_: 8)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        measure(model, find_targets(model), [inputs], sides, together=lambda sums: {})
+    held = often.peak.total() - often.peak["weights"] - 2 * 3 * 8 * 16 * 8  # two parts' own tensors
+    assert held == pytest.approx(profiled(profiler), rel=0.05)
+
+
+def test_what_processes_share_goes_through_whole(config_folder: Folder) -> None:
+    folder = config_folder("llama", vocab_size=20_000)
+    plan = lorica.plan(tiny("llama"), **CURVATURE, calibration="random")
+    shapes = Shown(Batch(64, 64), 1, 0)
+    model = blank_model(settings(**CURVATURE), AutoConfig.from_pretrained(folder))
+    cut, whole = (
+        dry_measure(model, settings(**CURVATURE), plan, shapes, CPU, whole=whole).peak.total()
+        for whole in (False, True)
+    )
+    assert whole > 64 * 64 * 20_000 * 4 * 3 > cut
+    shared = told(folder, **CURVATURE, calibration="random", fsdp="full_shard", devices=2).ways[0].shares[-1]
+    alone = told(folder, **CURVATURE, calibration="random").ways[0]
+    assert phase_of(shared.phases) > 2 * phase_of(alone.phases)
+
+
+def test_a_plan_from_a_file_may_hold_other_weights(config_folder: Folder, tmp_path: Path) -> None:
+    plan = lorica.plan(tiny("llama"), source="curvature", calibration="random", target_modules=["lm_head", ".*q_proj"])
+    plan.save(tmp_path / "plan.json")
+    way = told(config_folder("llama"), plan_file=str(tmp_path / "plan.json")).ways[0]
+    assert phase(way, "measure").device[MOMENTS] > 0
+
+
+def test_a_mask_leaves_all_of_a_blank_tensor_and_nothing_else_is_touched() -> None:
+    mask = torch.tensor([True, False, True])
+    with Ledger():
+        assert torch.arange(3.0)[mask].tolist() == [0.0, 2.0]
+        blank = torch.empty(3, 5, 7, device="meta")
+        assert blank[mask.to("meta")].shape == (3, 5, 7)
+        assert blank[torch.ones(3, 5, dtype=torch.bool, device="meta")].shape == (15, 7)
+        assert blank[:, torch.zeros(2, dtype=torch.int64, device="meta")].shape == (3, 2, 7)
 
 
 REHEARSE = """

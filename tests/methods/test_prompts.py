@@ -271,6 +271,11 @@ def test_calibration_tokens_bound_what_is_answered_for_calibration_alone() -> No
     assert same_bases(model, alike)
 
 
+def test_more_calibration_tokens_than_are_written_are_refused() -> None:
+    with pytest.raises(LoricaError, match="calibration_tokens = 201 is more than the 200 that are written"):
+        begun("llama", rehearse=1.0, rehearse_tokens=200, calibration_tokens=201, source="curvature")
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"source": "activation", "calibration": "random"}, {"source": "activation", "calibration": [INPUTS]}],

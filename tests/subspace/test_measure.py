@@ -107,6 +107,17 @@ def test_a_part_takes_about_as_many_numbers_as_the_model_has(monkeypatch: pytest
         assert observe.rows_together(model, layers, 10**9) == 1
 
 
+def test_batches_of_another_form_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time may come first there."""
+    monkeypatch.setattr(observe, "PART", 0)
+    layers = {"layer": nn.Linear(4, 3)}
+    batch = {"x": torch.ones(6, 2, 4)}
+    assert list(observe.in_parts(layers["layer"], layers, [batch])) == [batch]
+    ids = {"input_ids": ids_of(6, 2)}
+    assert len(list(observe.in_parts(layers["layer"], layers, [ids]))) == 6
+    assert list(observe.in_parts(layers["layer"], layers, [ids], whole=True)) == [ids]
+
+
 def test_what_has_no_rows_in_common_stays_whole() -> None:
     ids = ids_of(5, 4)
     assert [len(part["input_ids"]) for part in parts({"input_ids": ids, "labels": ids}, 2)] == [2, 2, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -136,7 +137,7 @@ def plan(
         batches = list(calibration_batches(model, calibration, needed_by, calibration_tokens, progress))
     observed: dict[str, InputStatistics] = {}
     if ranks == "importance":
-        observed = observe(model, targets, batches, moments=False, progress=progress)
+        observed = observe(model, targets, batches, moments=False, whole=bool(sharded), progress=progress)
         add_up(model, observed, sharded)
     shapes = {name: matrix_of(module).shape for name, module in targets.items()}
     entries = [
@@ -153,8 +154,7 @@ def plan(
     if source not in MEASURED:
         return result
     sides = {entry.name: wanted(entry, marginal=ranks == "marginal", beyond=beyond) for entry in result.entries}
-    together = sums_at_owners(model, sharded) if sharded else None
-    factors = measure(model, targets, batches, sides, earlier=earlier, together=together, progress=progress)
+    factors = measure(model, targets, batches, sides, earlier=earlier, progress=progress, **_shared(model, sharded))
     if ranks == "marginal":
         result.entries = marginal_entries(result.entries, factors, expected_forgetting)
     return result.with_measured(factors=factors)
@@ -192,10 +192,14 @@ def measured_anew(
     sides = {entry.name: wanted(entry, marginal=False, beyond=beyond) for entry in entries}
     layers = {entry.name: targets[entry.name] for entry in entries}
     sharded = sharded_layers(targets)
-    together = sums_at_owners(model, sharded) if sharded else None
-    found = measure(model, layers, batches, sides, earlier=earlier, together=together, progress=progress)
+    found = measure(model, layers, batches, sides, earlier=earlier, progress=progress, **_shared(model, sharded))
     held = {name: known for name in finished.names() if (known := finished.factors(name)) is not None}
     return finished.with_measured(factors=held | found)
+
+
+def _shared(model: nn.Module, sharded: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Return how processes measure a model that they share: each all batches of its own whole, then their sums."""
+    return {"together": sums_at_owners(model, sharded), "whole": True} if sharded else {}
 
 
 def calibration_batches(

@@ -105,11 +105,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _aten._local_scalar_dense.default:
             return 1
-        if (
-            func is _aten.index.Tensor
-            and (masks := [index for index in args[1] if index is not None])[0].dtype == torch.bool
-        ):
-            func, args = _aten.clone.default, (args[0].flatten(0, masks[0].ndim - 1),)
+        if func is _aten.index.Tensor and _is_masked(*args):
+            func, args = _aten.clone.default, (args[0].flatten(0, args[1][0].ndim - 1),)
         out = func(*args, **(kwargs or {}))
         given, made = list(_tensors((args, kwargs))), list(_tensors(out))
         if self._on and (func._schema.is_mutable or any(self._is_new(tensor) for tensor in made)):
@@ -152,6 +149,12 @@ class Ledger(TorchDispatchMode):
     def _rise(self) -> None:
         if self._on and self.now.total() > self.peak.total():
             self.peak = Counter(self.now)
+
+
+def _is_masked(tensor: Tensor, indices: list[Tensor | None]) -> bool:
+    """Return whether this is ``tensor[mask]`` on the meta device, which has no value to say how much that is."""
+    mask = indices[0]
+    return tensor.is_meta and len(indices) == 1 and mask is not None and mask.dtype == torch.bool and mask.ndim > 0
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

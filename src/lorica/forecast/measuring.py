@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,6 @@ from torch import nn
 from lorica.config import UpdateConfig
 from lorica.constrain.plan_counts import wanted
 from lorica.constrain.planning import RANDOM_LENGTH, RANDOM_TOKENS
-from lorica.constrain.targets import find_targets
 from lorica.forecast.device_kernels import KernelsOf
 from lorica.forecast.dry_run import Batch, mark_logits
 from lorica.forecast.ledger import Ledger
@@ -132,30 +133,36 @@ def longest_row(settings: UpdateConfig, model_config: Any) -> int:
     return min(settings.max_length, position_limit(model_config) or settings.max_length)
 
 
-def dry_measure(model: Any, settings: UpdateConfig, plan: Plan, seen: Shown, machine: Machine) -> Measuring:
-    """Measure a blank model, as far as shapes go: the passes themselves, of a part of a batch over some of the layers.
+def dry_measure(
+    model: Any, settings: UpdateConfig, plan: Plan, seen: Shown, machine: Machine, *, whole: bool = False
+) -> Measuring:
+    """Measure a blank model, as far as shapes go: the passes themselves, of parts of a batch over some of the layers.
 
     Args:
         model: on the meta device, not protected.
         plan: of the update.
         seen: of ``shown``.
         machine: whose kernels are meant.
+        whole: batches go through whole, for processes share the model; see ``in_parts``.
     """
     writing = _writing_seconds(model, seen, machine)
     rehearsed = seen.written * _held_bytes(model) if settings.rehearse else 0
     if seen.batch is None:
         return Measuring(Counter(), 0, 0, 0, rehearsed, writing)
-    targets = find_targets(model, settings.target_modules, freeze_experts=settings.freeze_experts)
-    targets = {entry.name: targets[entry.name] for entry in plan.entries}
+    targets = {entry.name: model.get_submodule(entry.name) for entry in plan.entries}
     beyond = RANK if settings.curvature_penalty else 0
     marginal = settings.ranks == "marginal"
     sides = {e.name: wanted(e, marginal=marginal, beyond=beyond) for e in plan.entries if e.source in MEASURED}
     length = max(seen.batch.length, seen.batch.labels or 0)
-    rows = min(seen.batch.rows, rows_together(model, targets, length))
-    part = Batch(rows, seen.batch.length, seen.batch.labels)
+    rows = seen.batch.rows if whole else min(seen.batch.rows, rows_together(model, targets, length))
+    count = seen.batches * seen.batch.rows / rows
+    # A second part meets the sums of the first one, and stands for all that follow.
+    parts = [Batch(rows, seen.batch.length, seen.batch.labels)] * (2 if count > 1 else 1)
     groups = list(within_memory({name: side.nbytes() for name, side in sides.items() if side.nbytes()}))
-    ledger, largest = _passed(model, targets, sides, groups, part, machine.device)
-    passes = max(1, len(groups)) * seen.batches * seen.batch.rows / rows
+    ledger, largest = _passed(
+        model, targets, sides, groups, parts, machine.device, looks=settings.ranks == "importance", whole=whole
+    )
+    passes = max(1, len(groups)) * count / len(parts)
     seconds = machine.seconds(ledger.work)
     made = _directions_seconds(sides, machine)
     known = None not in (seconds, made, writing)
@@ -180,10 +187,18 @@ def _passed(
     targets: dict[str, nn.Module],
     sides: dict[str, Wanted],
     groups: list[list[str]],
-    part: Batch,
+    parts: Sequence[Batch],
     device: str,
+    *,
+    looks: bool,
+    whole: bool,
 ) -> tuple[Ledger, int]:
-    """Return what one pass over a part looked like, and the bytes of the largest sum."""
+    """Return what one pass over some parts looked like, and the bytes of the largest sum.
+
+    Args:
+        whole: the parts are not cut further.
+        looks: inputs and outputs are compared, as ``importance`` does, in a pass of their own.
+    """
     ledger, sums = Ledger(), [0]
 
     def summed(found: Sums) -> Sums:
@@ -192,12 +207,12 @@ def _passed(
 
     ledger.own("weights", [*model.parameters(), *model.buffers()])
     mark_logits(ledger, model)
-    batches = [part.tensors()]
+    batches = [part.tensors() for part in parts]
     with KernelsOf(device), ledger:
+        for batch in batches if looks else ():
+            observe(model, targets, [batch], moments=False, whole=whole)
         if groups:
-            measure(model, {name: targets[name] for name in groups[0]}, batches, sides, together=summed)
-        else:
-            observe(model, targets, batches, moments=False)
+            measure(model, {name: targets[name] for name in groups[0]}, batches, sides, together=summed, whole=whole)
     ledger.peak["activations"] -= sum(sums)
     ledger.peak[MOMENTS] = sum(sums)
     return ledger, max(sums)
@@ -217,7 +232,8 @@ def _writing_seconds(model: Any, seen: Shown, machine: Machine) -> float | None:
     with torch.no_grad(), KernelsOf(machine.device), ledger:
         model(**inputs.tensors())
     step = machine.seconds(ledger.work)
-    return None if step is None else step * seen.written / WRITTEN_TOGETHER
+    batches = math.ceil(seen.written / (WRITTEN_TOGETHER * LENGTH))
+    return None if step is None else step * LENGTH * batches
 
 
 def _directions_seconds(sides: dict[str, Wanted], machine: Machine) -> float | None:

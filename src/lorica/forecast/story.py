@@ -201,7 +201,8 @@ class _Run:
         if seen.batch is None and not seen.written:
             return None
         model = blank_model(settings, self.model_config)
-        return dry_measure(model, settings, method.plan, seen, self.machine)
+        whole = self.layout.shards > 1
+        return dry_measure(model, settings, method.plan, seen, self.machine, whole=whole)
 
     def _phases(self, model: Any, step: Step, measuring: Measuring | None) -> list[Phase]:
         scored = self.batches.scored

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lorica.constrain.kept import KeptBases
 from lorica.constrain.linear import SubspaceLayer, full_precision
 from lorica.constrain.protect import protected_layers
-from lorica.data.example import IGNORED_LABEL
+from lorica.data.encode import count_trained
 from lorica.errors import LoricaError
 from lorica.methods.task import Rows
 from lorica.subspace.basis import Basis
@@ -30,26 +30,30 @@ KEPT = "curvature"
 AUTO = "auto"
 """In place of a strength: see ``strength_for``."""
 
-KNOWN, WEAKEST = 1_000_000, 300.0
-"""Under ``AUTO``: how many predictions of a task what the model knows weighs as much as, and the least strength."""
+KNOWN, WEAKEST, STRONGEST = 1_000_000, 300.0, 10_000.0
+"""Under ``AUTO``: how many predictions of a task what the model knows weighs as much as, and the strengths that have
+been tried, beyond which it does not go."""
 
 LEAST = 1e-12
 """Columns below this share of the largest are of protected directions, to rounding."""
 
 
-def strength_for(rows: Rows) -> float:
-    """Return the strength that fits a task: ``KNOWN / predictions that it trains``, and ``WEAKEST`` at least.
+def strength_for(rows: Rows, *, causal: bool) -> float:
+    """Return the strength that fits a task: ``KNOWN`` over the predictions that its rows train, within bounds.
 
     A task's loss is a mean over its predictions, so beside N of them what is known weighs ``strength * N``: in a
-    posterior over the weights that is a number of the model, not of the task (Laplace). Of longer tasks it would go to
-    nothing, where none has been tried.
+    posterior over the weights that is a number of the model, not of the task (Laplace).
+
+    Args:
+        rows: of the task, encoded.
+        causal: whether a label is predicted at the position before it, the first one so not at all.
     """
     trained, enough = 0, KNOWN / WEAKEST
     for index in range(len(rows)):  # type: ignore[arg-type]
-        trained += sum(label != IGNORED_LABEL for label in rows[index]["labels"])
+        trained += count_trained(rows[index]["labels"], seq2seq=not causal)
         if trained >= enough:
             return WEAKEST
-    return KNOWN / max(trained, 1)
+    return min(STRONGEST, KNOWN / max(trained, 1))
 
 
 class Side(NamedTuple):

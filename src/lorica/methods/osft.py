@@ -114,7 +114,7 @@ class OSFT(Method):
     def _curvature(self, model: nn.Module, made: Plan, task: TaskData) -> CurvaturePenalty:
         """Return what holds the free directions: of what the plan measured, or as it was kept."""
         asked = self.protection.curvature_penalty
-        strength = strength_for(task.rows) if asked == AUTO else float(asked)
+        strength = strength_for(task.rows, causal=is_causal(model)) if asked == AUTO else float(asked)
         if self.kept is not None:
             return CurvaturePenalty.kept(self.kept, made.names(), strength, next(model.parameters()).device)
         found = {name: made.factors(name) for name in made.names()}

@@ -28,7 +28,8 @@ class Protection(Targets):
     Attributes:
         calibration: where none is given and it is needed, "self" for causal models and "random" for others.
         calibration_tokens: how many of the tokens that the model writes before a task it is measured on, at least 1;
-            by default 32,768, or all that it writes to rehearse. Of random tokens 4,096.
+            by default 32,768. Where it writes to rehearse, at most these, and of causal models with ``prompts`` the
+            half of them that are answers. Of random tokens 4,096 by default.
         plan: a finished plan, instead of all other options but ``protect_learned``, those of rehearsal and
             ``memory_mode``; and if its directions have still to be measured, those of ``calibration``,
             ``curvature_penalty`` and those of ``remember_tasks``.
@@ -117,6 +118,11 @@ class Protection(Targets):
             raise ValueError(
                 "curvature_penalty needs both sides of the curvature measured: source 'curvature' and constraint "
                 "'two-sided'"
+            )
+        if self.rehearse and self.calibrates_itself and (self.calibration_tokens or 0) > self.rehearse_tokens:
+            raise ValueError(
+                f"calibration_tokens = {self.calibration_tokens} is more than the {self.rehearse_tokens} that are "
+                "written to be rehearsed, on which the model is measured then; leave it out, or raise rehearse_tokens"
             )
         beside = {"rehearse_weight": 1.0, "rehearse_tokens": TOKENS, "rehearse_prompts": 0.0}
         for name, default in beside.items():

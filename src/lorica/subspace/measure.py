@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorica.errors import LoricaError
-from lorica.subspace.calibration import Batch, Progress, is_causal, own_random
+from lorica.subspace.calibration import Batch, Progress, is_causal
 from lorica.subspace.factor import Factor, Factors
 from lorica.subspace.observe import Positions, check_all_seen, in_parts, told_of, watching, within_memory
 
@@ -127,7 +127,9 @@ RandomBasis = Callable[[int, int, torch.device], Tensor]
 
 
 def random_basis(dim: int, size: int, device: torch.device) -> Tensor:
-    """Return a random O (D x S) with orthonormal columns, always the same."""
+    """Return a random O (D x S) with orthonormal columns, always the same; a shape alone on the meta device."""
+    if device.type == "meta":
+        return torch.empty(dim, size, dtype=torch.float64, device=device)
     generator = torch.Generator().manual_seed(dim)
     drawn = torch.randn(dim, size, generator=generator, dtype=torch.float64)
     return torch.linalg.qr(drawn.to(device))[0]
@@ -146,6 +148,7 @@ def measure(
     earlier: Mapping[str, Factors] | None = None,
     seed: int = 0,
     together: Callable[[Sums], Sums] | None = None,
+    whole: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Factors]:
     """Return the factors of each layer over the positions that count (see ``Positions``).
@@ -171,6 +174,7 @@ def measure(
         seed: of the sampled labels.
         together: adds up what several processes summed, each of its own batches, and returns what is this one's to
             make factors of.
+        whole: batches go through the model whole, see ``in_parts``.
         progress: is told, as ``MEASURING``, of every part of a batch.
 
     Raises:
@@ -182,7 +186,7 @@ def measure(
     needed = {name: wanted[name].nbytes() for name in layers}
     groups = list(within_memory({name: size for name, size in needed.items() if size}))
     for number, names in enumerate(groups):
-        batches = told_of(list(in_parts(model, layers, calibration)), progress, number, len(groups))
+        batches = told_of(list(in_parts(model, layers, calibration, whole=whole)), progress, number, len(groups))
         sums = _pass(model, {name: layers[name] for name in names}, batches, wanted, seed)
         found |= _factors(together(sums) if together else sums, earlier or {}, distinct)
     return found
@@ -261,8 +265,8 @@ def _sampled_losses(model: nn.Module, output: Any, positions: Positions, seed: i
     p_RV = logits_RV.detach().softmax(-1)
     if not bool(p_RV.isfinite().all()):
         raise LoricaError("what the model predicts on the calibration inputs is NaN or inf")
-    with own_random(logits.device, seed):
-        drawn = torch.multinomial(p_RV, 1)[:, 0]
+    generator = None if p_RV.is_meta else torch.Generator(logits.device).manual_seed(seed)
+    drawn = torch.multinomial(p_RV, 1, generator=generator)[:, 0]
     return nn.functional.cross_entropy(logits_RV, drawn, reduction="none")
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorica.errors import LoricaError
 from lorica.subspace.calibration import MEASURING, Batch, Progress, evaluating, parts
@@ -25,7 +24,7 @@ MOMENT_BYTES = 4 * 2**30
 
 
 PART = 2**24
-"""So many activations and logits pass through a model together at least; through one of more parameters, as many."""
+"""So many activations and logits go through a small model together at most; through one of more parameters, as many."""
 
 
 @dataclass
@@ -138,6 +137,7 @@ def observe(
     calibration: Iterable[Batch],
     *,
     moments: bool,
+    whole: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, InputStatistics]:
     """Run the calibration batches through the model and return what each layer saw.
@@ -150,6 +150,7 @@ def observe(
         layers: the layers to watch, by name.
         calibration: batches as the model takes them: mappings with ``input_ids`` and whatever else.
         moments: whether to sum x x^T too (N x N float64 per layer).
+        whole: see ``in_parts``.
         progress: is told, as ``MEASURING``, of every part of a batch.
 
     Raises:
@@ -164,24 +165,29 @@ def observe(
 
     handles = [layer.register_forward_hook(partial(record, name)) for name, layer in layers.items()]
     with watching(model, handles), torch.no_grad():
-        for batch in told_of(list(in_parts(model, layers, calibration)), progress):
+        for batch in told_of(list(in_parts(model, layers, calibration, whole=whole)), progress):
             passing[:] = [Positions(model, batch)]
             model(**passing[0].inputs)
     check_all_seen({name: one.rows for name, one in statistics.items()})
     return statistics
 
 
-def in_parts(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> Iterator[Batch]:
+def in_parts(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch], *, whole: bool = False
+) -> Iterator[Batch]:
     """Yield batches in parts of as many rows as go through the model together: see ``rows_together``.
 
-    What processes share has to stay whole, or one of them would go through the model more often than the others and
-    wait for them.
+    A batch of another form than (rows, positions), without ``input_ids``, stays whole.
+
+    Args:
+        whole: all stay whole: of processes that share the model one would else go through it more often than the
+            others and wait for them.
     """
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        yield from batches
-        return
     for batch in batches:
-        length = max((value.shape[1] for value in batch.values() if value.ndim > 1), default=1)
+        if whole or "input_ids" not in batch:
+            yield batch
+            continue
+        length = max(value.shape[1] for value in batch.values() if value.ndim > 1)
         yield from parts(batch, rows_together(model, layers, length))
 
 
@@ -204,7 +210,7 @@ def rows_together(model: nn.Module, layers: Mapping[str, nn.Module], length: int
     what the loss and its gradient are computed from.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    logits = 0 if head is None else 6 * len(head.get_parameter("weight"))
+    logits = 6 * len(getattr(head, "weight", ()))
     activations = 2 * sum(sum(layer.get_parameter("weight").shape) for layer in layers.values())
     most = max(PART, sum(parameter.numel() for parameter in model.parameters()))
     return max(1, most // (length * (activations + logits)))
