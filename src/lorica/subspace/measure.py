@@ -80,9 +80,12 @@ class Moment:
         """Return the factor of the mean, on the CPU.
 
         Args:
-            earlier: sum of factors of trace 1; each counts as much as what was summed here.
+            earlier: sum of factors of trace 1; each counts as much as what was summed here, in a mean over all of them,
+                whose trace is that of what was summed here: however many there are, a change is expected to cost as
+                much.
         """
-        mean, trace = self.sum / self.count, self.trace / self.count
+        tasks = 0.0 if earlier is None else earlier.trace
+        mean, trace = self.sum / self.count / (1 + tasks), self.trace / self.count / (1 + tasks)
         more = earlier.scaled(trace) if earlier is not None else None
         if self.test_DS is None:
             return Factor.of(mean if more is None else mean + more.matrix().to(mean), self.rank).aside(self.kept_as)
@@ -170,7 +173,7 @@ def measure(
         layers: ``nn.Linear`` or ``Conv1D``, by name.
         calibration: batches as the model takes them. Where they hold labels, labelled positions alone are predicted.
         wanted: how many directions of which sides, by name.
-        earlier: sums of factors of trace 1 of finished tasks, to be added; each task counts as the calibration does.
+        earlier: sums of factors of trace 1 of finished tasks; each task counts as the calibration does, in the mean.
         seed: of the sampled labels.
         together: adds up what several processes summed, each of its own batches, and returns what is this one's to
             make factors of.
