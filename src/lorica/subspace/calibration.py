@@ -82,7 +82,7 @@ def own_text(
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     device = next(model.parameters()).device
     batches: list[dict[str, Tensor]] = []
-    rows, counted = max(1, min(batch_size, tokens // length)), 0
+    rows, counted = min(batch_size, -(-tokens // length)), 0
     with evaluating(model), sampling(model, ends, start, length - 1), own_random(device, seed):
         while counted < tokens:
             first = torch.full((rows, 1), start, device=device)
