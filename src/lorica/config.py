@@ -32,11 +32,13 @@ def _count_or_share(value: Any) -> Any:
 
 def _strength(value: Any) -> Any:
     """Return a number of 0 or more, or auto."""
+    if value == "auto":
+        return value
     try:
-        strength = value if value == "auto" else float(value)
+        strength = float(value)
     except (TypeError, ValueError):
-        strength = -1.0
-    if strength != "auto" and not 0 <= strength < float("inf"):
+        strength = float("nan")
+    if not 0 <= strength < float("inf"):
         raise ValueError("expected a strength of 0 or more, or auto")
     return strength
 

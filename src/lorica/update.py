@@ -200,8 +200,7 @@ class Update:
 
     def _strength(self) -> float:
         """Return the strength of the curvature penalty, in numbers."""
-        asked = self.config.curvature_penalty
-        return strength_for(self.inputs.train, causal=not self.seq2seq) if asked == AUTO else float(asked)
+        return strength_for(self.config.curvature_penalty, self.inputs.train, causal=not self.seq2seq)
 
     def _open(self, output_dir: Path, plan: Plan | None) -> None:
         """Write what is known before training."""

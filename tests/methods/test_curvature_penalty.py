@@ -188,9 +188,10 @@ def test_what_is_known_weighs_the_same_beside_every_short_task(trained: int, str
     """As many predictions, two or one to a row; of a causal model a label at the first position is none."""
     rows = [{"input_ids": [4, 5, 6], "labels": [4, 7, 8]}] * (trained // 2)
     rows += [{"input_ids": [4, 5], "labels": [-100, 7]}] * (trained % 2)
-    assert strength_for(rows, causal=True) == pytest.approx(strength)
+    assert strength_for("auto", rows, causal=True) == pytest.approx(strength)
     targets = [{"input_ids": [4, 5, 6], "labels": [7]}] * trained
-    assert strength_for(targets, causal=False) == pytest.approx(strength)
+    assert strength_for("auto", targets, causal=False) == pytest.approx(strength)
+    assert strength_for(7.0, targets, causal=False) == 7.0
 
 
 def test_auto_is_the_strength_that_fits_the_task() -> None:

@@ -22,7 +22,7 @@ from lorica.inputs import calibrating, read_rows
 from lorica.methods.curvature_penalty import RANK
 from lorica.methods.predicted import Prediction
 from lorica.subspace import calibration
-from lorica.subspace.calibration import LENGTH, TOKENS
+from lorica.subspace.calibration import LENGTH, RANDOM_TOGETHER, TOKENS, WRITTEN_TOGETHER
 from lorica.subspace.measure import WIDEST, Sums, Wanted, measure
 from lorica.subspace.observe import observe, rows_together, within_memory
 from lorica.subspace.plan import Plan
@@ -31,12 +31,6 @@ from lorica.training.models import load_tokenizer, position_limit
 
 MOMENTS, DIRECTIONS, REHEARSED = "second moments", "measured directions", "texts to rehearse"
 """What memory is for beside ``ledger.KINDS``: sums while the model is measured, what is made of them, what it wrote."""
-
-WRITTEN_TOGETHER = 64
-"""Texts or answers that a model writes at a time."""
-
-RANDOM_TOGETHER = 16
-"""Sequences of random tokens in a batch."""
 
 
 @dataclass(frozen=True)

@@ -38,16 +38,19 @@ LEAST = 1e-12
 """Columns below this share of the largest are of protected directions, to rounding."""
 
 
-def strength_for(rows: Rows, *, causal: bool) -> float:
-    """Return the strength that fits a task: ``KNOWN`` over the predictions that its rows train, within bounds.
+def strength_for(asked: float | str, rows: Rows, *, causal: bool) -> float:
+    """Return the strength that is asked for; for ``AUTO`` ``KNOWN`` over the predictions of the rows, within bounds.
 
     A task's loss is a mean over its predictions, so beside N of them what is known weighs ``strength * N``: in a
     posterior over the weights that is a number of the model, not of the task (Laplace).
 
     Args:
+        asked: ``curvature_penalty``.
         rows: of the task, encoded.
         causal: whether a label is predicted at the position before it, the first one so not at all.
     """
+    if asked != AUTO:
+        return float(asked)
     trained, enough = 0, KNOWN / WEAKEST
     for index in range(len(rows)):  # type: ignore[arg-type]
         trained += count_trained(rows[index]["labels"], seq2seq=not causal)

@@ -20,7 +20,7 @@ from lorica.constrain.sharded_audit import audit_sharded
 from lorica.errors import LoricaError
 from lorica.methods.base import METHODS, Method, Progress
 from lorica.methods.carried import Carried
-from lorica.methods.curvature_penalty import AUTO, RANK, CurvaturePenalty, strength_for
+from lorica.methods.curvature_penalty import RANK, CurvaturePenalty, strength_for
 from lorica.methods.forgetting import Change, Foresight
 from lorica.methods.own_texts import written
 from lorica.methods.protection import Protection, scheduled_share
@@ -113,8 +113,7 @@ class OSFT(Method):
 
     def _curvature(self, model: nn.Module, made: Plan, task: TaskData) -> CurvaturePenalty:
         """Return what holds the free directions: of what the plan measured, or as it was kept."""
-        asked = self.protection.curvature_penalty
-        strength = strength_for(task.rows, causal=is_causal(model)) if asked == AUTO else float(asked)
+        strength = strength_for(self.protection.curvature_penalty, task.rows, causal=is_causal(model))
         if self.kept is not None:
             return CurvaturePenalty.kept(self.kept, made.names(), strength, next(model.parameters()).device)
         found = {name: made.factors(name) for name in made.names()}

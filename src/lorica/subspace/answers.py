@@ -15,6 +15,7 @@ from lorica.subspace.calibration import (
     LENGTH,
     TOKENS,
     WRITING,
+    WRITTEN_TOGETHER,
     Progress,
     decodes,
     end_tokens,
@@ -41,7 +42,7 @@ def own_answers(
     prompts: Sequence[Sequence[int]],
     *,
     tokens: int = TOKENS,
-    batch_size: int = 64,
+    batch_size: int = WRITTEN_TOGETHER,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Tensor]]:

@@ -22,6 +22,9 @@ WRITING, MEASURING = "writing text", "measuring the model"
 LENGTH = 64
 """Tokens of a text that a model writes, at most."""
 
+WRITTEN_TOGETHER, RANDOM_TOGETHER = 64, 16
+"""Texts of the greatest length that a model writes at a time; sequences of random tokens in a batch."""
+
 TOKENS = 32_768
 """Tokens that a model writes, where nobody says how many."""
 
@@ -31,7 +34,7 @@ def random_tokens(
     *,
     sequences: int = 64,
     length: int = 64,
-    batch_size: int = 16,
+    batch_size: int = RANDOM_TOGETHER,
     seed: int = 0,
     decoder: bool = False,
 ) -> list[dict[str, Tensor]]:
@@ -54,7 +57,7 @@ def own_text(
     *,
     tokens: int = TOKENS,
     length: int = LENGTH,
-    batch_size: int = 64,
+    batch_size: int = WRITTEN_TOGETHER,
     seed: int = 0,
     needed_by: str = 'calibration "self"',
     instead: str = 'give batches, or "random" for random tokens',

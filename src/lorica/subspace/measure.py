@@ -165,8 +165,7 @@ def measure(
     No gradient of a parameter is computed or touched, and the model's mode and flags are as before.
 
     As many layers are measured in one pass over the batches as ``MOMENT_BYTES`` allow, and of a batch as many rows at a
-    time as ``in_parts`` says. Layers with the same input get
-    one and the same factor for it.
+    time as ``in_parts`` says. Layers with the same input get one and the same factor for it.
 
     Args:
         model: batches go to its device.
