@@ -18,7 +18,8 @@ from lorica.errors import LoricaError
 from lorica.subspace import observe
 from lorica.subspace.calibration import parts
 from lorica.subspace.factor import Factor, Factors
-from lorica.subspace.measure import Moment, Wanted, from_sketch, measure, random_basis, sketch_size
+from lorica.subspace.measure import Wanted, measure
+from lorica.subspace.moment import Moment, from_sketch, random_basis, sketch_size
 from lorica.subspace.observe import within_memory
 from lorica.subspace.prediction import expected_divergence
 from tests.builders import matrix, tiny
@@ -358,7 +359,7 @@ def number_of_factors(found: Mapping[str, Factors]) -> int:
 
 @pytest.mark.parametrize("widest", [4096, 16], ids=["whole", "sketch"])
 def test_each_finished_task_counts_as_much_as_the_calibration(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.subspace.measure.WIDEST", widest)
+    monkeypatch.setattr("lorica.subspace.moment.WIDEST", widest)
     torch.manual_seed(0)
     model = Bottleneck(200, 3)
     layers, batches = {"wide": model.wide}, [{"x": matrix(50, 200, 1, torch.float64)}]
@@ -408,7 +409,7 @@ def falling(dim: int, fall: float, seed: int = 0) -> Tensor:
 def test_a_sketch_holds_nearly_the_best_energy(
     fall: float, share: float, rank: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorica.subspace.measure.WIDEST", 64)
+    monkeypatch.setattr("lorica.subspace.moment.WIDEST", 64)
     a, dim = falling(400, fall), 400
     moment = Moment.empty(dim, rank, torch.device("cpu"), random_basis)
     root = torch.linalg.cholesky(a)
@@ -426,7 +427,7 @@ def test_a_sketch_holds_nearly_the_best_energy(
 
 @pytest.mark.parametrize("rank", [0, 1, 20, 62])
 def test_a_sketch_is_exact_up_to_its_size(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.subspace.measure.WIDEST", 64)
+    monkeypatch.setattr("lorica.subspace.moment.WIDEST", 64)
     x = matrix(200, 150, 3, torch.float64) @ torch.diag(10.0 ** torch.linspace(3, -1, 150, dtype=torch.float64))
     u, sigma, vh = torch.linalg.svd(x, full_matrices=False)
     x = u[:, :rank] * sigma[:rank] @ vh[:rank]
@@ -463,7 +464,7 @@ def test_which_sides_are_sketched(dim: int, rank: int, size: int) -> None:
 
 
 def test_layers_of_one_size_share_the_random_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorica.subspace.measure.WIDEST", 16)
+    monkeypatch.setattr("lorica.subspace.moment.WIDEST", 16)
     made: list[tuple[int, int]] = []
 
     def counted(dim: int, size: int, device: torch.device) -> Tensor:

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from lorica.constrain.owners import agree, at_owners, device_of, sharded_weight, shared_layers, told_to_all
 from lorica.constrain.transport import group_of, other_groups, put_back
 from lorica.errors import LoricaError
-from lorica.subspace.measure import Moment, Sums
+from lorica.subspace.measure import Sums
+from lorica.subspace.moment import Moment
 from lorica.subspace.observe import InputStatistics
 
 

@@ -23,7 +23,8 @@ from lorica.methods.curvature_penalty import RANK
 from lorica.methods.predicted import Prediction
 from lorica.subspace import calibration
 from lorica.subspace.calibration import LENGTH, RANDOM_TOGETHER, TOKENS, WRITTEN_TOGETHER
-from lorica.subspace.measure import WIDEST, Sums, Wanted, measure
+from lorica.subspace.measure import Sums, Wanted, measure
+from lorica.subspace.moment import WIDEST
 from lorica.subspace.observe import observe, rows_together, within_memory
 from lorica.subspace.plan import Plan
 from lorica.subspace.plan_entry import MEASURED
