@@ -289,6 +289,21 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
     assert not files(tmp_path, ".tmp")
 
 
+def test_a_file_that_another_process_removes_while_it_is_opened_counts_as_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = torch.randn(288, 256, generator=torch.Generator().manual_seed(0))
+    SplitStore(tmp_path).split(w, 100)
+    opened = torch.UntypedStorage.from_file
+
+    def removed_first(name: str, *rest: object, **named: object) -> torch.UntypedStorage:
+        Path(name).unlink()
+        return opened(name, *rest, **named)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", removed_first)
+    assert same(SplitStore(tmp_path).split(w, 100), split(w, 100))
+
+
 # --- from task to task --------------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,7 @@ class SplitStore:
         try:
             tensors = load_file(file)
             sigma, short = tensors["sigma_S"], tensors["short_SS"]
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, KeyError, RuntimeError):  # torch's own where another process just removed it
             return None
         if sigma.shape != (size,) or short.shape != (size, size) or not sigma.dtype == short.dtype == torch.float64:
             return None
