@@ -161,7 +161,7 @@ def test_everything_protected_moves_nothing(llama_folder: Path, rows: Rows, tmp_
 @pytest.mark.reliability("R9", "R11")
 def test_interrupted_and_resumed_is_the_undisturbed_run_bitwise(llama_folder: Path, rows: Rows, tmp_path: Path) -> None:
     file, stopped = rows("new"), tmp_path / "stopped"
-    options = {"max_steps": 300, "logging_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
+    options = {"max_steps": 80, "logging_steps": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}
     arguments = [f"--{key}={value}" for key, value in (FAST | options).items()]
     command = [sys.executable, "-m", "lorica.cli", "train", f"--model_name_or_path={llama_folder}"]
     command += [f"--train_file={file}", f"--output_dir={stopped}", *arguments]

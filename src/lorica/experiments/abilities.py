@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def check_harness(tasks: Sequence[str], option: str, *, require_pinned: bool = F
     if require_pinned:
         raise LoricaError(f"--require_pinned: lm-eval fetches the data of {tasks[0]} without a commit; leave it out")
     try:
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         hint = did_you_mean(tasks[0], [*catalogue(), *names_beside(tasks[0])])
         raise LoricaError(
@@ -155,6 +156,15 @@ def check_harness(tasks: Sequence[str], option: str, *, require_pinned: bool = F
 
     others = [*catalogue(), *(near for name in names for near in names_beside(name))]
     try:
-        check_names(names, TaskManager().all_tasks if names else [], others)
+        check_names(names, _harness_tasks() if names else (), others)
     except LoricaError as error:
         raise LoricaError(f"{option}: no such file or benchmark, and {error}") from error
+
+
+@cache
+def _harness_tasks() -> Sequence[str]:
+    """Return the names of lm-eval's own tasks; to read their index takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    names: Sequence[str] = TaskManager().all_tasks
+    return names
