@@ -86,6 +86,7 @@ def options(folder: Path, tokens: int, length: int, method: str, mode: str) -> d
         "save_strategy": "no",
         "disable_tqdm": True,
         "use_cpu": True,
+        "preset": "paper",
     }
     if method == "plain":
         return shared | {"method": "seqft"}

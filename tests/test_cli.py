@@ -84,8 +84,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["--train_file", "{rows}", "--dtype", "floaty"], r"--dtype floaty is no dtype"),
     (["--train_file", "{model}"], r"that is the folder of a model, not of rows"),
     (["--train_flie", "{rows}"], r"give what to learn: .*; 'train_flie' is no option\. Did you mean 'train_file'\?"),
-    (["--train_file", "{rows}", "--remember_rows", "3"], r"--method osft: remember_rows has no effect without"),
-    (["--train_file", "{rows}", "--model_name_or_path", "{nan}"], r"self_attn\.q_proj: .*holds NaN or inf"),
+    (["--train_file", "{rows}", "--preset=paper", "--remember_rows", "3"], r"remember_rows has no effect without"),
+    (["--train_file", "{rows}", "--model_name_or_path", "{nan}"], r"self_attn\.q_proj.*holds NaN or inf"),
 ]  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_command_line_wins_over_the_file(
 ) -> None:
     (tmp_path / "options.yaml").write_text(
         f"model_name_or_path: {llama_folder}\ntrain_file: {rows('new')}\nmax_steps: 9\nunfreeze_rank_ratio: 0.5\n"
-        f"output_dir: {tmp_path / 'out'}\ndisable_tqdm: true\n"
+        f"output_dir: {tmp_path / 'out'}\ndisable_tqdm: true\npreset: paper\n"
     )
     status, out, errors = command("train", "--config", str(tmp_path / "options.yaml"), "--max_steps=2")
     assert status == 0, errors

@@ -28,7 +28,7 @@ def update(model: Path, out: Path, file: str, **options: Any) -> dict[str, Any]:
         "per_device_train_batch_size": 8,
         "lr_scheduler_type": "constant",
     }
-    config = {"model_name_or_path": model, "train_file": file, "output_dir": out}
+    config = {"model_name_or_path": model, "train_file": file, "output_dir": out, "preset": "paper"}
     return lorica.train(config | settings | options, say=lambda _: None)
 
 

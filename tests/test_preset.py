@@ -1,4 +1,4 @@
-"""What ``--preset retain`` stands for: all that keeps, as far as a model and the other options can have it."""
+"""What the preset ``retain`` stands for: all that keeps, as far as a model and the other options can have it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from lorica.errors import LoricaError
 from lorica.forecast.options import build_forecast_config
 from lorica.forecast.story import forecast
 from lorica.lineage import Lineage
-from lorica.preset import RETAIN, with_preset
+from lorica.methods import build_method
+from lorica.methods.protection import given_options
+from lorica.preset import RETAIN, filled_in, with_preset
 from lorica.update import train
 from lorica.update_record import identity_of
+from tests.forecast.conftest import Folder, config_folder  # noqa: F401
+from tests.forecast.test_forecast import CPU
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 
 LLAMA = LlamaConfig(vocab_size=61, bos_token_id=1, eos_token_id=2)
 T5 = T5Config(vocab_size=61)
 NEEDED = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
+
+
+NONE_REHEARSED = {"rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0}
 
 
 def filled(model: Any = LLAMA, **options: Any) -> UpdateConfig:
@@ -39,12 +46,16 @@ def test_a_model_that_writes_gets_all_of_it() -> None:
     assert config.calibration is None
 
 
+def test_it_is_what_an_update_does_that_asks_for_nothing() -> None:
+    assert decided(with_preset(build_config(NEEDED), LLAMA)) == RETAIN
+
+
 def test_the_papers_form_is_what_the_options_say_by_themselves() -> None:
-    plain = build_config(NEEDED)
+    plain = build_config(NEEDED | {"preset": "paper"})
     assert with_preset(plain, LLAMA) is plain
     assert decided(plain) == {
-        "source": "weight", "unfreeze_rank_ratio": None, "remember_tasks": False, "curvature_penalty": 0.0,
-        "rehearse": 0.0, "rehearse_prompts": 0.0,
+        "source": "weight", "unfreeze_rank_ratio": None, "curvature_penalty": 0.0,
+        "rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0,
     }  # fmt: skip
 
 
@@ -64,8 +75,15 @@ def test_an_amount_that_is_given_stays(amount: dict[str, Any]) -> None:
 
 
 def test_what_is_given_stays_even_where_it_is_an_options_own_default() -> None:
-    given = {"rehearse": 0.0, "rehearse_prompts": 0.0, "curvature_penalty": 50.0, "remember_tasks": False}
+    given = {"rehearse": 0.5, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0, "curvature_penalty": 50.0}
     assert decided(filled(**given)) == RETAIN | given
+    assert filled(remember_tasks=True).remember_tasks
+
+
+def test_without_rehearsal_nothing_is_said_of_it() -> None:
+    config = filled(rehearse=0.0)
+    assert decided(config) == RETAIN | NONE_REHEARSED
+    build_method("osft", given_options(config), {})
 
 
 @pytest.mark.parametrize(
@@ -84,8 +102,9 @@ def test_no_penalty_where_it_is_not_defined(options: dict[str, Any]) -> None:
 )
 def test_a_model_that_begins_no_text_rehearses_none(model: Any) -> None:
     config = filled(model)
-    assert decided(config) == RETAIN | {"rehearse": 0.0, "rehearse_prompts": 0.0}
+    assert decided(config) == RETAIN | NONE_REHEARSED
     assert config.calibration == "random"
+    assert config.remember_tasks
     assert filled(model, calibration_file="c").calibration is None
 
 
@@ -101,8 +120,8 @@ def test_one_of_several_ends_of_a_text_is_enough() -> None:
 
 def test_a_sharded_model_gets_the_directions_alone() -> None:
     config = filled(fsdp="full_shard")
-    none = {"remember_tasks": False, "curvature_penalty": 0.0, "rehearse": 0.0, "rehearse_prompts": 0.0}
-    assert decided(config) == RETAIN | none
+    assert decided(config) == RETAIN | NONE_REHEARSED | {"curvature_penalty": 0.0}
+    assert not config.remember_tasks
     assert config.calibration == "random"
 
 
@@ -113,19 +132,40 @@ def test_filling_in_twice_changes_nothing(model: Any, options: dict[str, Any]) -
     assert with_preset(once, model) == once
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        ({"method": "lora"}, "--preset retain is for method osft, not lora; leave it out"),
-        ({"plan_file": "p"}, "--preset retain and --plan_file both say what is protected"),
-        ({"source": "weight"}, "protects by source curvature; leave it or --source weight out"),
-        ({"ranks": "energy"}, "does not go with --ranks energy"),
-    ],
-)
-def test_what_contradicts_it_is_refused(options: dict[str, Any], told: str) -> None:
+OTHERWISE: list[tuple[dict[str, Any], str]] = [
+    ({"method": "lora"}, "--preset retain is for method osft, not lora; leave it out"),
+    ({"plan_file": "p"}, "--preset retain and --plan_file both say what is protected"),
+    ({"source": "weight"}, "protects by source curvature; leave it or --source weight out"),
+    ({"ranks": "energy"}, "does not go with --ranks energy"),
+]
+
+
+@pytest.mark.parametrize(("options", "told"), OTHERWISE)
+def test_what_contradicts_it_is_refused_where_it_was_asked_for(options: dict[str, Any], told: str) -> None:
     with pytest.raises(LoricaError, match=told):
         filled(**options)
     assert filled(source="curvature").source == "curvature"
+
+
+@pytest.mark.parametrize("options", [options for options, _ in OTHERWISE], ids=str)
+def test_it_gives_way_where_it_was_not(options: dict[str, Any]) -> None:
+    given = build_config(NEEDED | options)
+    settled = with_preset(given, LLAMA)
+    assert settled == given.model_copy(update={"preset": "paper"})
+    assert with_preset(settled, LLAMA) is settled
+
+
+def test_what_it_added_is_told() -> None:
+    asked = build_config(NEEDED | {"rehearse": 0.1, "constraint": "input"})
+    told = filled_in(asked, with_preset(asked, LLAMA))
+    assert told == (
+        "preset retain: source curvature, unfreeze_rank_ratio 0.5, rehearse_tokens auto, rehearse_prompts 0.1; "
+        "--preset paper leaves these out"
+    )
+    plain = build_config(NEEDED)
+    assert "remember_tasks True, calibration random" in str(filled_in(plain, with_preset(plain, T5)))
+    lora = build_config(NEEDED | {"method": "lora"})
+    assert filled_in(lora, with_preset(lora, LLAMA)) is None
 
 
 def test_resuming_asks_what_it_stands_for_and_not_for_its_name() -> None:
@@ -142,17 +182,30 @@ def test_resuming_asks_what_it_stands_for_and_not_for_its_name() -> None:
 def test_an_update_under_it_is_recorded_and_foretold(
     llama_folder: Path, rows: Callable[..., str], tmp_path: Path
 ) -> None:
-    given = {"model_name_or_path": str(llama_folder), "train_file": rows("new"), "preset": "retain"}
+    given = {"model_name_or_path": str(llama_folder), "train_file": rows("new")}
     given |= {"rehearse_tokens": 200, "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     told: list[str] = []
     record = train(given | {"output_dir": str(tmp_path / "out")}, say=told.append)
-    assert {name: record["config"][name] for name in RETAIN} == RETAIN
+    assert {name: record["config"][name] for name in RETAIN} == RETAIN | {"rehearse_tokens": 200}
     assert {entry["source"] for entry in record["plan"]} == {"curvature"}
-    assert record["carried_bytes"] > 0
+    assert record["rehearsed_tokens"] == 200
     assert 300 <= record["curvature_strength"] <= 10_000
     assert f"curvature_penalty auto: {record['curvature_strength']:,.0f} for these rows" in told
     assert all(row["holds"] for row in record["leakage"])
     assert "rehearsal: the model first writes 200 tokens of text of its own" in told
+    assert told[0] == (
+        "preset retain: source curvature, unfreeze_rank_ratio 0.5, curvature_penalty auto, rehearse 0.5, "
+        "rehearse_prompts 0.1; --preset paper leaves these out"
+    )
     foreseen = forecast(build_forecast_config({name: value for name, value in given.items() if name != "train_file"}))
     assert "curvature" in foreseen.ways[0].peak.device
     assert any(note.startswith("rehearse:") for note in foreseen.notes)
+
+
+@pytest.mark.parametrize(("options", "noted"), [({}, True), ({"fsdp": "full_shard"}, False)], ids=str)
+def test_a_forecast_of_several_devices_says_what_a_sharded_model_does_without(
+    options: dict[str, Any], noted: bool, config_folder: Folder
+) -> None:
+    config = {"model_name_or_path": config_folder("llama"), "devices": 2, "use_cpu": True} | options
+    foreseen = forecast(build_forecast_config(config), machine=CPU)
+    assert any(note.startswith("sharded, a model is counted with rehearse") for note in foreseen.notes) == noted

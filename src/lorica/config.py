@@ -43,6 +43,17 @@ def _strength(value: Any) -> Any:
     return strength
 
 
+def _tokens(value: Any) -> Any:
+    """Return a whole number of 1 or more, or auto."""
+    if value == "auto":
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError("expected a number of tokens, 1 or more, or auto")
+    return value
+
+
 Amount = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_share)]
 """A count of directions (an int) or a share of them (a float): 1 is one direction, 1.0 is all."""
 
@@ -51,6 +62,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 Strength = Annotated[float | Literal["auto"], BeforeValidator(_strength)]
 """Of a penalty: 0 is none, and auto depends on the task."""
+
+
+Tokens = Annotated[int | Literal["auto"], BeforeValidator(_tokens)]
+"""So many tokens; auto depends on the task."""
 
 
 class UpdateConfig(BaseModel):
@@ -91,10 +106,11 @@ class UpdateConfig(BaseModel):
     method_options: dict[str, Any] = {}
     """NAME=VALUE: options of the method that are not below, such as r=16 for lora. Repeatable."""
 
-    preset: Literal["paper", "retain"] = "paper"
-    """paper: every option as it stands here. retain: all that kept in our comparisons, of what is not given itself:
-    source curvature, unfreeze_rank_ratio 0.5, remember_tasks, curvature_penalty auto, rehearse 0.5 and
-    rehearse_prompts 0.1, as far as the model writes text."""
+    preset: Literal["retain", "paper"] = "retain"
+    """retain: all that kept in our comparisons, of what is not given itself: source curvature, unfreeze_rank_ratio 0.5,
+    curvature_penalty auto, rehearse 0.5, rehearse_tokens auto and rehearse_prompts 0.1; where the model writes no text,
+    remember_tasks in place of rehearsing. paper: every option as it stands here; the default beside plan_file, another
+    method, another source, or ranks that are for it."""
 
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
     """Share of each weight's directions that may change: 0 nothing, 1 everything; 0.25 if nothing is given."""
@@ -166,8 +182,9 @@ class UpdateConfig(BaseModel):
     rehearse_weight: float = Field(default=1.0, gt=0)
     """Weight of what rehearse holds, beside the loss."""
 
-    rehearse_tokens: int = Field(default=32_768, ge=1)
-    """So many tokens are written to be rehearsed."""
+    rehearse_tokens: Tokens = 32_768
+    """So many tokens are written to be rehearsed; auto: four times as many as the training rows have, 8,192 to
+    65,536."""
 
     rehearse_prompts: float = Field(default=0.0, ge=0)
     """Train the prompts' tokens too, each with this weight beside one of an answer, so that the next update rehearses

@@ -1,4 +1,4 @@
-"""``--preset retain``: all that kept on the test beds, in one word; as much of it as a model and a layout can have."""
+"""The preset ``retain``: all that kept on the test beds, as far as a model and the layout of a run can have it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ Config = TypeVar("Config", bound=UpdateConfig)
 RETAIN: dict[str, Any] = {
     "source": "curvature",
     "unfreeze_rank_ratio": 0.5,
-    "remember_tasks": True,
     "curvature_penalty": "auto",
     "rehearse": 0.5,
+    "rehearse_tokens": "auto",
     "rehearse_prompts": 0.1,
 }
-"""What kept most on the knowledge bed of docs/retention.md, and ``remember_tasks``, which the encoder there needs."""
+"""What kept most of facts known by heart: docs/retention.md."""
+
+OF_REHEARSING = ("rehearse_tokens", "rehearse_prompts")
+"""Options that have no effect where nothing is rehearsed."""
 
 AMOUNTS = ("unfreeze_rank_ratio", "osft_unfreeze_rank_ratio", "effective_rank", "rank_schedule", "expected_forgetting")
 
@@ -26,11 +29,13 @@ AMOUNTS = ("unfreeze_rank_ratio", "osft_unfreeze_rank_ratio", "effective_rank", 
 def with_preset(config: Config, model_config: Any) -> Config:
     """Return an update's configuration with what its preset says of the options that were not given themselves.
 
-    ``paper`` leaves all as it is. ``retain`` is ``RETAIN``, as far as it goes:
+    ``paper`` leaves all as it is, and stands for ``retain`` where that was not asked for and other options contradict
+    it: another method, a plan, another source, ranks of the weight's spectrum. ``retain`` is ``RETAIN``, as far as it
+    goes:
 
     - no penalty where it is not defined: another constraint, a weight of which nothing is protected;
-    - nothing rehearsed by a model that begins no text, and random tokens calibrate (encoder-decoders, no BOS and no
-      EOS); with prompts an encoder-decoder rehearses its answers;
+    - nothing rehearsed by a model that begins no text (encoder-decoders, no BOS and no EOS): random tokens calibrate,
+      and finished tasks are remembered; with prompts an encoder-decoder rehearses its answers;
     - of a model that FSDP2 shards the protected directions alone, from random tokens.
 
     Args:
@@ -38,29 +43,47 @@ def with_preset(config: Config, model_config: Any) -> Config:
         model_config: of the model to be updated.
 
     Raises:
-        LoricaError: the preset and another option contradict each other, or ``--fsdp`` has a value that there is not.
+        LoricaError: the preset and another option that were both given contradict each other, or ``--fsdp`` has a
+            value that there is not.
     """
     if config.preset == "paper":
         return config
-    _check(config)
+    contradiction = _contradiction(config)
+    if contradiction is not None:
+        if "preset" in config.model_fields_set:
+            raise LoricaError(contradiction)
+        return config.model_copy(update={"preset": "paper"})
     given = config.model_fields_set
     values = RETAIN | _where_it_differs(config, model_config)
-    values = {name: value for name, value in values.items() if name not in given}
+    rehearses = config.rehearse if "rehearse" in given else values["rehearse"]
+    left = {*given, *(() if rehearses else OF_REHEARSING)}
     if given.intersection(AMOUNTS):
-        values.pop("unfreeze_rank_ratio", None)
-    return config.model_copy(update=values)
+        left.add("unfreeze_rank_ratio")
+    return config.model_copy(update={name: value for name, value in values.items() if name not in left})
 
 
-def _check(config: UpdateConfig) -> None:
+def filled_in(asked: UpdateConfig, settled: UpdateConfig) -> str | None:
+    """Return a line that names what ``with_preset`` made of a configuration, None if that is nothing."""
+    names = (*RETAIN, "remember_tasks", "calibration")
+    changed = {name: getattr(settled, name) for name in names if getattr(settled, name) != getattr(asked, name)}
+    if not changed:
+        return None
+    words = ", ".join(f"{name} {value}" for name, value in changed.items())
+    return f"preset {settled.preset}: {words}; --preset paper leaves these out"
+
+
+def _contradiction(config: UpdateConfig) -> str | None:
+    """Return why the preset cannot be had beside what was given, None if it can."""
     says = f"--preset {config.preset}"
     if config.method != "osft":
-        raise LoricaError(f"{says} is for method osft, not {config.method}; leave it out")
+        return f"{says} is for method osft, not {config.method}; leave it out"
     if config.plan_file is not None:
-        raise LoricaError(f"{says} and --plan_file both say what is protected; give one of them")
+        return f"{says} and --plan_file both say what is protected; give one of them"
     if "source" in config.model_fields_set and config.source != RETAIN["source"]:
-        raise LoricaError(f"{says} protects by source {RETAIN['source']}; leave it or --source {config.source} out")
+        return f"{says} protects by source {RETAIN['source']}; leave it or --source {config.source} out"
     if config.ranks not in ("uniform", "marginal"):
-        raise LoricaError(f"{says} does not go with --ranks {config.ranks}, which is for source weight; leave one out")
+        return f"{says} does not go with --ranks {config.ranks}, which is for source weight; leave one out"
+    return None
 
 
 def _where_it_differs(config: UpdateConfig, model_config: Any) -> dict[str, Any]:
@@ -72,12 +95,10 @@ def _where_it_differs(config: UpdateConfig, model_config: Any) -> dict[str, Any]
     unprotected = 0 in (*config.rank_pattern.values(), *(config.rank_schedule or ()))
     if shared or unprotected or config.constraint not in (None, "two-sided"):
         values["curvature_penalty"] = 0.0
-    if shared:
-        values["remember_tasks"] = False
     if not writes:
         values["rehearse_prompts"] = 0.0
     if not (writes or answers):
-        values["rehearse"] = 0.0
+        values |= {"rehearse": 0.0, "remember_tasks": not shared}
         values |= {} if config.calibration_file else {"calibration": "random"}
     return values
 

@@ -1,4 +1,4 @@
-"""What a run says: what it will need, progress, memory before and after, scores before and after."""
+"""What a run says: what it will need and do first, progress, memory before and after, scores before and after."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lorica.forecast.rates import memory_of
 from lorica.forecast.result import Way
 from lorica.forecast.story import device_of, expected, least_disk
 from lorica.inputs import Inputs
+from lorica.methods.curvature_penalty import AUTO
 from lorica.subspace.calibration import MEASURING, WRITING, Progress
 from lorica.training.checkpoints import checkpoints_in
 from lorica.training.sharding import Sharding
@@ -115,6 +116,25 @@ def check_room(disk: Disk, output_dir: str) -> None:
             f"{there} is free there; make room, name a folder on another disk, or keep less: --save_total_limit 1, "
             "--save_only_model, --save_strategy no"
         )
+
+
+def first_steps(config: UpdateConfig, inputs: Inputs, strength: float, tokens: int) -> list[str]:
+    """Return lines that say what an update does before the weights are split.
+
+    Args:
+        strength: of the curvature penalty, in numbers.
+        tokens: that are written to be rehearsed, in numbers.
+    """
+    lines = []
+    if config.rehearse:
+        lines.append(f"rehearsal: the model first writes {tokens:,} tokens of text of its own")
+    if inputs.prompts is not None:
+        lines.append(f"prompts: the model first answers {len(inputs.prompts):,} prompts by itself")
+    if config.curvature_penalty == AUTO:
+        lines.append(f"curvature_penalty auto: {strength:,.0f} for these rows")
+    if config.predict_forgetting:
+        lines.append("forgetting: the model first writes text of its own, about 41,000 tokens, and is measured on it")
+    return lines
 
 
 def memory_told(cost: Mapping[str, Any], parameters: int) -> str:

@@ -29,14 +29,15 @@ from lorica.lineage import (
 )
 from lorica.memory import size_of
 from lorica.methods import METHODS, TaskData, build_method
-from lorica.methods.curvature_penalty import AUTO, strength_for
+from lorica.methods.curvature_penalty import strength_for
+from lorica.methods.own_texts import tokens_for, tokens_of
 from lorica.methods.protection import given_options
-from lorica.preset import with_preset
+from lorica.preset import filled_in, with_preset
 from lorica.record import Stopwatch, peak_cuda_memory, peak_memory, write_record
 from lorica.redaction import cleaned
 from lorica.report import write_report
 from lorica.subspace.plan import Plan
-from lorica.told import comparison, foreseen, memory_told, progress_bar
+from lorica.told import comparison, first_steps, foreseen, memory_told, progress_bar
 from lorica.training.arguments import check_arguments, check_trackers, training_arguments
 from lorica.training.checkpoints import checkpoint_to_resume, kept_bases, remove_checkpoints
 from lorica.training.deepspeed import check_deepspeed
@@ -110,7 +111,9 @@ class Update:
         self.plan = Plan.load(config.plan_file) if config.plan_file else None
         self.tokenizer = load_tokenizer(config)
         self.model_config = load_model_config(config)
-        self.config = config = with_preset(config, self.model_config)
+        asked = config
+        self.config = config = with_preset(asked, self.model_config)
+        self.preset_told = filled_in(asked, config)
         self.seq2seq = bool(self.model_config.is_encoder_decoder)
         self.arguments = training_arguments(
             config.training, config.output_dir, hidden_size=model_width(self.model_config), seq2seq=self.seq2seq,
@@ -143,6 +146,8 @@ class Update:
 
     def _run(self) -> dict[str, Any]:
         way, lines = processes.by_first(lambda: foreseen(self.config, self.inputs, self.sharding)) or (None, [])
+        if self.preset_told:
+            self.say(self.preset_told)
         for line in lines if way else []:
             self.say(line)
         set_seed(self.arguments.seed)
@@ -191,6 +196,7 @@ class Update:
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
             "curvature_strength": self._strength(),
+            "rehearsed_tokens": self._rehearsed(),
             "predicted_forgetting": None if forgetting is None else asdict(forgetting),
             "cost": self._cost(trainable) | {"expected_peak_bytes": None if way is None else way.device_bytes},
         }
@@ -201,6 +207,13 @@ class Update:
     def _strength(self) -> float:
         """Return the strength of the curvature penalty, in numbers."""
         return strength_for(self.config.curvature_penalty, self.inputs.train, causal=not self.seq2seq)
+
+    def _rehearsed(self) -> int:
+        """Return how many tokens are written to be rehearsed, in numbers."""
+        config = self.config
+        if not config.rehearse:
+            return 0
+        return tokens_for(config.rehearse_tokens, tokens_of(self.inputs.train), config.calibration_tokens)
 
     def _open(self, output_dir: Path, plan: Plan | None) -> None:
         """Write what is known before training."""
@@ -230,14 +243,8 @@ class Update:
     def _begin(self, model: Any) -> Plan | None:
         self.method.kept = kept_bases(self.resume)
         what = "splitting weights" if self.method.kept is None else "reading the bases of the weights"
-        if self.config.rehearse:
-            self.say(f"rehearsal: the model first writes {self.config.rehearse_tokens:,} tokens of text of its own")
-        if self.inputs.prompts is not None:
-            self.say(f"prompts: the model first answers {len(self.inputs.prompts):,} prompts by itself")
-        if self.config.curvature_penalty == AUTO:
-            self.say(f"curvature_penalty auto: {self._strength():,.0f} for these rows")
-        if self.config.predict_forgetting:
-            self.say("forgetting: the model first writes text of its own, about 41,000 tokens, and is measured on it")
+        for line in first_steps(self.config, self.inputs, self._strength(), self._rehearsed()):
+            self.say(line)
         self.method.begin_task(model, self._task(), progress=progress_bar(what))
         if self.config.optimizer_in_backward:
             check_method(self.method)

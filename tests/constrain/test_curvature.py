@@ -355,7 +355,8 @@ def test_the_memory_of_another_model_is_refused() -> None:
 # --- from files -----------------------------------------------------------------------------------------------------
 
 AUTO = {"llama": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
-FAST = {"max_steps": 4, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "source": "curvature"}
+FAST = {"max_steps": 4, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "preset": "paper"}
+FAST |= {"source": "curvature"}
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])

@@ -287,6 +287,7 @@ def test_the_launchers(launcher: str, model_folder: Path, rows: Path, tmp_path: 
     ]  # fmt: skip
     command += ["train", "--model_name_or_path", str(model_folder), "--train_file", str(rows), "--max_steps", "3"]
     command += ["--output_dir", "out", "--per_device_train_batch_size", "2", "--learning_rate", "1e-2"]
+    command += ["--preset", "paper"]
     command += ["--deepspeed", "zero2.json"] if launcher == "torchrun" else []
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env, cwd=tmp_path)

@@ -42,7 +42,7 @@ def command(words: list[str]) -> tuple[Any, list[str]]:
 
 def trained(model: Path, folder: Path, *words: str) -> list[str]:
     given = {"model_name_or_path": model, "train_file": rows_in(folder), "output_dir": folder / "out", "max_steps": 4}
-    given |= {"fsdp": "full_shard", "per_device_train_batch_size": 4, "disable_tqdm": True}
+    given |= {"preset": "paper", "fsdp": "full_shard", "per_device_train_batch_size": 4, "disable_tqdm": True}
     return ["train", *(word for name, value in given.items() for word in (f"--{name}", str(value))), *words]
 
 

@@ -139,7 +139,7 @@ def test_a_job_of_slurm_goes_on_after_its_time_limit(
     own = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "TOLD": str(tmp_path / "told")}
     env = os.environ | set_by_slurm | own | {"MASTER_PORT": str(free_port())}
     given = {"model_name_or_path": llama_folder, "train_file": rows("new"), "output_dir": tmp_path / "out"}
-    given |= {"max_steps": 120, "save_steps": 10, "disable_tqdm": True}
+    given |= {"preset": "paper", "max_steps": 120, "save_steps": 10, "disable_tqdm": True}
     command = ["bash", str(RECIPES / "slurm.sh"), *(str(word) for name in given for word in (f"--{name}", given[name]))]
 
     job = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

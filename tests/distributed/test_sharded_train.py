@@ -69,6 +69,7 @@ def updated(model: Path, rows: Path, out: Path, shares: int = 2, **given: Any) -
         "model_name_or_path": str(model),
         "train_file": str(rows),
         "output_dir": str(out),
+        "preset": "paper",
         "learning_rate": 1e-2,
     }
     options |= {
@@ -569,7 +570,7 @@ def test_launchers_take_it(launcher: str, finished: Finished, tmp_path: Path) ->
 
 
 def test_the_disk_that_is_foreseen_is_what_checkpoints_take(finished: Finished, tmp_path: Path) -> None:
-    given = {"model_name_or_path": str(finished.model), "train_file": str(finished.rows)}
+    given = {"model_name_or_path": str(finished.model), "train_file": str(finished.rows), "preset": "paper"}
     made = Update(build_config(given | {"output_dir": str(tmp_path / "out"), "train_also": ["norm", "lm_head"]}))
     disk = expected(made.config, made.inputs, Layout(2)).disk
     parts = list((finished.two / "checkpoint-22").rglob("shard-*"))

@@ -186,7 +186,9 @@ def update(model: Path, rows: Path, out: Path, size: int, **given: Any) -> list[
     options |= {"model_name_or_path": str(model), "train_file": str(rows), "output_dir": str(out)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MicroBatches, "begin_step", noting)
-        lorica.train({"disable_tqdm": True, "use_cpu": True} | options | given, say=lambda line: None)
+        lorica.train(
+            {"disable_tqdm": True, "use_cpu": True, "preset": "paper"} | options | given, say=lambda line: None
+        )
     return seen
 
 

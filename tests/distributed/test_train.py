@@ -40,7 +40,7 @@ def rows(tmp_path: Path) -> Path:
 
 def updated(model: Path, rows: Path, out: Path, rows_at_once: int, lines: list[str], **given: Any) -> dict[str, Any]:
     options = {"max_steps": STEPS, "save_steps": 2, "save_total_limit": 10, "logging_steps": 1, "disable_tqdm": True}
-    options |= {"model_name_or_path": str(model), "train_file": str(rows), "output_dir": str(out)}
+    options |= {"preset": "paper", "model_name_or_path": str(model), "train_file": str(rows), "output_dir": str(out)}
     options |= {"per_device_train_batch_size": rows_at_once, "retention_file": str(rows)}
     return train(build_config(options | given), say=lines.append)
 
@@ -252,7 +252,7 @@ def test_bases_that_differ_stop_the_training(model_folder: Path, rows: Path, tmp
 def test_torchrun(model_folder: Path, rows: Path, tmp_path: Path) -> None:
     command = torchrun(2, "-m", "lorica", "train", "--model_name_or_path", str(model_folder))
     command += ["--train_file", str(rows), "--output_dir", str(tmp_path / "out")]
-    command += ["--per_device_train_batch_size", "2", "--max_steps", "3"]
+    command += ["--per_device_train_batch_size", "2", "--max_steps", "3", "--rehearse_tokens", "256"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )

@@ -184,7 +184,9 @@ def test_the_state_is_shared_out() -> None:
 
 
 def told(folder: str, **options: Any) -> Forecast:
-    return forecast({"model_name_or_path": folder, "max_length": 16, "use_cpu": True, **options}, machine=GPU)
+    return forecast(
+        {"model_name_or_path": folder, "max_length": 16, "use_cpu": True, "preset": "paper", **options}, machine=GPU
+    )
 
 
 def test_one_device_changes_nothing(config_folder: Folder) -> None:

@@ -36,7 +36,7 @@ from tests.training.conftest import byte_tokenizer
 GB = 10**9
 CPU = Machine("cpu", "a CPU", 8 * GB, process=10**8, flops=1e11, narrow_flops=1e11, bandwidth=1e10, eigh=1e-9)
 GPU = Machine("cuda", "a GPU", 8 * GB, process=10**8, flops=1e14, narrow_flops=2e14, bandwidth=1e12)
-SMALL = {"per_device_train_batch_size": 2, "max_length": 16, "use_cpu": True}
+SMALL = {"per_device_train_batch_size": 2, "max_length": 16, "use_cpu": True, "preset": "paper"}
 
 
 def told(folder: str, machine: Machine = CPU, **options: Any) -> Forecast:

@@ -26,7 +26,7 @@ from tests.training.conftest import llama_folder, rows, t5_folder  # noqa: F401
 
 def look(folder: Path, **options: Any) -> list[Protection]:
     config = {"model_name_or_path": str(folder), "use_cpu": True, "measure": True, "unfreeze_rank_ratio": 0.5}
-    return measured(build_forecast_config(config | options))
+    return measured(build_forecast_config(config | {"preset": "paper"} | options))
 
 
 def test_curvature_and_the_weights_own_directions(llama_folder: Path) -> None:

@@ -217,7 +217,7 @@ def test_an_update_takes_it_and_check_counts_it(llama_folder: Path, tmp_path: Pa
     told: list[str] = []
     given = {
         "model_name_or_path": llama_folder, "train_file": rows, "source": "curvature", "calibration": "random",
-        "max_steps": 3, "use_cpu": True,
+        "preset": "paper", "max_steps": 3, "use_cpu": True,
     }  # fmt: skip
     phases = forecast(given | {"curvature_penalty": 10.0}).ways[0].phases
     assert any(phase.device.get("curvature", 0) > 0 for phase in phases)

@@ -172,7 +172,7 @@ def test_an_update_tells_and_records_both(llama_folder: Path, rows: Callable[...
     lines: list[str] = []
     config = build_config(
         {"model_name_or_path": llama_folder, "train_file": rows("new"), "output_dir": tmp_path / "out", **ASKED,
-         "max_steps": 2, "use_cpu": True, "report_to": "none"}
+         "max_steps": 2, "use_cpu": True, "report_to": "none", "preset": "paper"}
     )  # fmt: skip
     record = train(config, lines.append)["predicted_forgetting"]
     assert any(line.startswith("forgetting: predictions on the model's own text moved by") for line in lines)

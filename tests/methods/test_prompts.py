@@ -416,7 +416,7 @@ def test_a_forecast_counts_the_longest_prompt(family: str, tmp_path: Path, reque
     folder = request.getfixturevalue(f"{family}_folder")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 8)
     given = {"model_name_or_path": str(folder), "output_dir": str(tmp_path / "out"), "rehearse": 1.0, "use_cpu": True}
-    given |= {"prompts_file": str(tmp_path / "p.jsonl"), "train_file": str(tmp_path / "rows.jsonl")}
+    given |= {"preset": "paper", "prompts_file": str(tmp_path / "p.jsonl"), "train_file": str(tmp_path / "rows.jsonl")}
     peaks = []
     for prompts in (["x"], ["y" * 150, "x"]):
         (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))

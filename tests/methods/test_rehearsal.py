@@ -294,6 +294,7 @@ def update(model: Path, out: Path, **options: Any) -> dict[str, Any]:
     given = {
         "model_name_or_path": str(model), "train_file": str(out / "rows.jsonl"), "output_dir": str(out / "model"),
         "max_steps": 16, "per_device_train_batch_size": 4, "learning_rate": 0.03, "disable_tqdm": True, "use_cpu": True,
+        "preset": "paper",
     }  # fmt: skip
     return train(build_config(given | options), say=lambda line: None)
 

@@ -13,7 +13,8 @@ from lorica.config import build_config
 from lorica.data.stream import TaskStream, read_stream
 from lorica.update import train
 
-FAST = {"max_steps": 4, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "per_device_train_batch_size": 4}
+FAST = {"max_steps": 4, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "preset": "paper"}
+FAST |= {"per_device_train_batch_size": 4}
 
 
 def rows_file(folder: Path, name: str = "new", count: int = 24) -> str:

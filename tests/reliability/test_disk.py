@@ -38,7 +38,7 @@ from tests.training.conftest import byte_tokenizer, llama_folder  # noqa: F401
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the simulated disk needs Linux")
 Command = Callable[..., tuple[int, str, str]]
-TRAIN = ["--max_steps", "6", "--learning_rate", "3e-3", "--disable_tqdm", "true", "--seed", "1",
+TRAIN = ["--preset", "paper", "--max_steps", "6", "--learning_rate", "3e-3", "--disable_tqdm", "true", "--seed", "1",
          "--per_device_train_batch_size", "4", "--save_steps", "2", "--save_total_limit", "5"]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from tests.training.conftest import llama_folder  # noqa: F401
 SETTINGS: dict[str, Any] = {
     "max_steps": 24, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 5e-3,
     "logging_steps": 5, "save_steps": 3, "save_total_limit": 2, "disable_tqdm": True, "seed": 1,
-    "unfreeze_rank_ratio": 0.5,
+    "unfreeze_rank_ratio": 0.5, "preset": "paper",
 }  # fmt: skip
 
 

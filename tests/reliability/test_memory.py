@@ -273,7 +273,8 @@ def test_the_record_of_an_update_tells_of_it(llama_folder: Path, rows: Any, tmp_
     def update(name: str, size: int, accumulation: int) -> dict[str, Any]:
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 3}
         options |= {"learning_rate": 1e-3, "disable_tqdm": True, "train_file": file, "output_dir": tmp_path / name}
-        return lorica.train({"model_name_or_path": str(llama_folder)} | options, say=lambda line: None)
+        options |= {"model_name_or_path": str(llama_folder), "preset": "paper"}
+        return lorica.train(options, say=lambda line: None)
 
     file = rows("new")
     device = Device(2)

@@ -213,7 +213,7 @@ def test_the_command_ends_with_status_2_and_no_traceback(
     llama_folder: Path, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = f"lorica train --model_name_or_path {llama_folder} --train_file {rows('new')} --output_dir {tmp_path}/out"
-    words += " --disable_tqdm true --max_steps 4"
+    words += " --disable_tqdm true --max_steps 4 --preset paper"
     monkeypatch.setattr(sys, "argv", words.split())
     with quick_updates(), no_room_at(1), pytest.raises(SystemExit) as stopped:
         cli.main()

@@ -92,9 +92,9 @@ assert tried == [], tried
 def test_a_new_process_speaks_to_nobody_either(llama_folder: Path, tmp_path: Path) -> None:
     rows = rows_file(tmp_path)
     stream_of(tmp_path / "data", ("one",))
-    model = ["--model_name_or_path", str(llama_folder)]
+    model, quick = ["--model_name_or_path", str(llama_folder)], ["--max_steps", "2", "--preset", "paper"]
     commands = [
-        ["train", *model, "--train_file", rows, "--output_dir", str(tmp_path / "out"), "--max_steps", "2"],
+        ["train", *model, "--train_file", rows, "--output_dir", str(tmp_path / "out"), *quick],
         ["run", str(tmp_path / "data" / "stream.yaml"), *model, "--output_dir", str(tmp_path / "runs")],
         ["report", str(tmp_path / "out"), str(tmp_path / "runs"), "--output_dir", str(tmp_path / "report")],
         ["audit", str(llama_folder), str(tmp_path / "out")],

@@ -151,7 +151,7 @@ def test_both_commands_answer_both_signals_in_one_line(
 ) -> None:  # fmt: skip
     words = [f"--model_name_or_path={llama_folder}", f"--output_dir={tmp_path / 'out'}", "--max_steps=3"]
     if command == "train":
-        words += [f"--train_file={files['file']}"]
+        words += [f"--train_file={files['file']}", "--preset=paper"]
         target: tuple[Any, str] = (lorica.update, "load_model")
     else:
         words = [str(Path(write().path("stream.yaml"))), "--methods=seqft", *words]

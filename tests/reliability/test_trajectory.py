@@ -35,7 +35,7 @@ from tests.reliability.trainings import TOKENIZER, arguments, equal, written_row
 from tests.training.conftest import llama_folder, rows, t5_folder  # noqa: F401
 from tests.training.test_penalty import uneven
 
-STEPS = {"max_steps": 4, "learning_rate": 3e-3, "disable_tqdm": True}
+STEPS = {"max_steps": 4, "learning_rate": 3e-3, "disable_tqdm": True, "preset": "paper"}
 
 
 def update(folder: Path, out: Path, file: str, **options: Any) -> dict[str, Tensor]:

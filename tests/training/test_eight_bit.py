@@ -146,7 +146,7 @@ def test_resumed_from_a_checkpoint_it_is_the_undisturbed_run(
     options: dict[str, Any] = {
         "model_name_or_path": str(llama_folder), "train_file": rows("new"), "output_dir": str(out), "optim": optim,
         "max_steps": 6, "save_steps": 2, "learning_rate": 3e-3, "disable_tqdm": True, "unfreeze_rank_ratio": 1.0,
-        "dtype": "bfloat16",
+        "dtype": "bfloat16", "preset": "paper",
     }  # fmt: skip
     update(build_config(options), say=lambda line: None)
     whole = load_file(out / "model.safetensors")

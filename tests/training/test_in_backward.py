@@ -250,7 +250,7 @@ def test_embeddings_do_not_train_so_with_bitsandbytes() -> None:
 
 # --- through lorica train -----------------------------------------------------------------------------------------
 
-FAST = {"max_steps": 6, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "max_grad_norm": 0}
+FAST = {"max_steps": 6, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "max_grad_norm": 0, "preset": "paper"}
 
 
 def run(model: Path, out: Path, train_file: str, **options: Any) -> dict[str, Tensor]:

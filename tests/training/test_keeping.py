@@ -25,7 +25,8 @@ from lorica.update import train
 from lorica.verification import verify
 
 Rows = Callable[..., str]
-FAST = {"max_steps": 6, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "per_device_train_batch_size": 4}
+FAST = {"max_steps": 6, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "preset": "paper"}
+FAST |= {"per_device_train_batch_size": 4}
 
 
 def run(model: Path, out: Path, file: str, **options: Any) -> list[str]:

@@ -303,7 +303,8 @@ def uneven(tmp_path: Path) -> str:
 
 def update(model: Path, file: str, out: Path, **given: Any) -> dict[str, Any]:
     options = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "disable_tqdm": True}
-    options |= {"model_name_or_path": str(model), "train_file": file, "output_dir": str(out), "use_cpu": True}
+    options |= {"model_name_or_path": str(model), "train_file": file, "output_dir": str(out)}
+    options |= {"use_cpu": True, "preset": "paper"}
     return lorica.train(options | given, say=lambda line: None)
 
 

@@ -28,7 +28,7 @@ from lorica.training.checkpoints import remove_checkpoints
 from lorica.update import train
 
 Rows = Callable[..., str]
-FAST = {"max_steps": 6, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1}
+FAST = {"max_steps": 6, "learning_rate": 3e-3, "disable_tqdm": True, "seed": 1, "preset": "paper"}
 
 
 def run(model: Path, out: Path, train_file: str, **options: Any) -> tuple[dict[str, Any], list[str]]:

@@ -28,6 +28,7 @@ class Batches:
         scored: the largest batch of the rows that are scored before and after; None where none are.
         notes: what was assumed.
         prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
+        tokens: of all rows together; None where there is no data.
     """
 
     worst: Batch
@@ -36,6 +37,7 @@ class Batches:
     scored: Batch | None
     notes: list[str]
     prompt: int = 0
+    tokens: int | None = None
 
 
 def batches_of(
@@ -74,6 +76,7 @@ def batches_of(
         scored=_largest(held_out, arguments.per_device_eval_batch_size, seq2seq) if held_out else None,
         notes=[],
         prompt=_longest(inputs.prompts),
+        tokens=sum(len(row.input_ids) for row in rows),
     )
 
 

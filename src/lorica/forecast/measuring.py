@@ -20,6 +20,7 @@ from lorica.forecast.ledger import Ledger
 from lorica.forecast.rates import Machine
 from lorica.inputs import calibrating, read_rows
 from lorica.methods.curvature_penalty import RANK
+from lorica.methods.own_texts import tokens_for
 from lorica.methods.predicted import Prediction
 from lorica.subspace import calibration
 from lorica.subspace.calibration import LENGTH, RANDOM_TOGETHER, TOKENS, WRITTEN_TOGETHER
@@ -70,18 +71,20 @@ class Measuring:
     seconds: float | None
 
 
-def shown(settings: UpdateConfig, plan: Plan, model_config: Any, prompt: int) -> Shown:
+def shown(settings: UpdateConfig, plan: Plan, model_config: Any, prompt: int, of_rows: int | None = None) -> Shown:
     """Return what a model is shown before an update.
 
     Args:
         plan: of the update.
         prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
+        of_rows: tokens of the rows that it is trained on; None: not known.
 
     Raises:
         LoricaError: something is wrong with ``calibration_file``.
     """
     measures = settings.ranks == "importance" or any(entry.source in MEASURED for entry in plan.entries)
-    written = settings.rehearse_tokens if settings.rehearse else 0
+    amount = tokens_for(settings.rehearse_tokens, of_rows, settings.calibration_tokens)
+    written = amount if settings.rehearse else 0
     if not measures:
         return Shown(None, 0, written)
     rows = given_rows(settings, model_config)

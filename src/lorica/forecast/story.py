@@ -182,8 +182,15 @@ class _Run:
         if self.layout.devices == 1:
             return []
         told = ["each device trains on micro-batches of that size; sharded, each of them ends in averaged gradients"]
-        own = "each device is a CPU with a machine of its own"
-        return [*told, own] if self.machine.device == "cpu" else told
+        if self.machine.device == "cpu":
+            told.append("each device is a CPU with a machine of its own")
+        whole = self.settings.rehearse or self.settings.curvature_penalty
+        if whole and not self.settings.training.get("fsdp"):
+            told.append(
+                "sharded, a model is counted with rehearse and curvature_penalty, which --fsdp refuses and the preset "
+                "then leaves out: give --fsdp full_shard"
+            )
+        return told
 
     def _dry(self, settings: UpdateConfig, batch: Batch) -> Any:
         model = blank_model(settings, self.model_config)
@@ -197,7 +204,7 @@ class _Run:
         """Return what is measured before the run, None where nothing is and nothing is written."""
         if not isinstance(method, OSFT) or method.plan is None:
             return None
-        seen = shown(settings, method.plan, self.model_config, self.batches.prompt)
+        seen = shown(settings, method.plan, self.model_config, self.batches.prompt, self.batches.tokens)
         if seen.batch is None and not seen.written:
             return None
         model = blank_model(settings, self.model_config)

@@ -10,12 +10,45 @@ from lorica.errors import LoricaError
 from lorica.methods.base import Progress
 from lorica.methods.protection import Protection
 from lorica.methods.rehearsal import INSTEAD, NEEDED_BY, Rehearsal, instead
-from lorica.methods.task import TaskData
+from lorica.methods.task import Rows, TaskData
 from lorica.subspace.answers import own_answers
 from lorica.subspace.calibration import TOKENS, decodes, own_text
 from lorica.subspace.observe import IGNORED_LABEL
 
 Texts = list[dict[str, Tensor]]
+
+AUTO = "auto"
+"""In place of a number of tokens: see ``tokens_for``."""
+
+TIMES, FEWEST, MOST = 4, 8_192, 65_536
+"""Under ``AUTO``: how many times the tokens of the rows, and the bounds, which are the amounts that served on the test
+beds of fifty small tasks and of four large ones."""
+
+
+def tokens_for(asked: int | str, of_rows: int | None, at_least: int | None = None) -> int:
+    """Return how many tokens are written to be rehearsed; for ``AUTO`` ``TIMES`` those of the rows, within bounds.
+
+    So what comes before a short update takes no longer than the update.
+
+    Args:
+        asked: ``rehearse_tokens``.
+        of_rows: tokens of the task's rows; None: not known, and so the most.
+        at_least: ``calibration_tokens``, which are among them.
+    """
+    if asked != AUTO:
+        return int(asked)
+    wanted = MOST if of_rows is None else min(MOST, TIMES * of_rows)
+    return max(FEWEST, wanted, at_least or 0)
+
+
+def tokens_of(rows: Rows) -> int:
+    """Return how many tokens a task's rows have; of many, as many as make no difference any more."""
+    found = 0
+    for index in range(len(rows)):  # type: ignore[arg-type]
+        found += len(rows[index]["input_ids"])
+        if TIMES * found >= MOST:
+            break
+    return found
 
 
 def written(
@@ -44,15 +77,18 @@ def written(
     if asked.rehearse or asked.prompts:
         check_numbers(model)
     if asked.rehearse:
-        return _rehearsed(model, asked, task.seed + task.index, progress)
+        total = tokens_for(asked.rehearse_tokens, tokens_of(task.rows), asked.calibration_tokens)
+        return _rehearsed(model, asked, total, task.seed + task.index, progress)
     if asked.prompts and calibrates:
         tokens = asked.calibration_tokens or TOKENS
         return None, own_answers(model, asked.prompts, tokens=tokens, seed=task.seed + task.index, progress=progress)
     return None, None
 
 
-def _rehearsed(model: nn.Module, asked: Protection, seed: int, progress: Progress | None) -> tuple[Rehearsal, Texts]:
-    answers, texts, part, total = Texts(), Texts(), 0, asked.rehearse_tokens
+def _rehearsed(
+    model: nn.Module, asked: Protection, total: int, seed: int, progress: Progress | None
+) -> tuple[Rehearsal, Texts]:
+    answers, texts, part = Texts(), Texts(), 0
     if asked.prompts:
         part = total if decodes(model) else total // 2
         answers = own_answers(model, asked.prompts, tokens=part, seed=seed, progress=progress)

@@ -46,7 +46,8 @@ class Protection(Targets):
             predicted there is held by a penalty, see ``lorica.methods.rehearsal``; for causal models, and with
             ``prompts`` for encoder-decoders. A micro-batch has at least one.
         rehearse_weight: weight of that penalty, above 0.
-        rehearse_tokens: so many tokens are written before a task, at least 1.
+        rehearse_tokens: so many tokens are written before a task, at least 1, or "auto", which are more for a task of
+            more tokens; see ``lorica.methods.own_texts``.
         rehearse_prompts: what a token of a prompt counts in the loss beside one of an answer, 0 (nothing) or more: a
             model that has learned to write a task's prompts rehearses that task with the next ones.
         curvature_penalty: strength of a penalty on what a change in the free directions is expected to make the model
@@ -79,7 +80,7 @@ class Protection(Targets):
     prompts: Sequence[Sequence[int]] | None = None
     rehearse: float = 0.0
     rehearse_weight: float = 1.0
-    rehearse_tokens: int = TOKENS
+    rehearse_tokens: int | Literal["auto"] = TOKENS
     rehearse_prompts: float = 0.0
     curvature_penalty: float | Literal["auto"] = 0.0
     rank_schedule: Sequence[float] | None = None
@@ -106,8 +107,8 @@ class Protection(Targets):
             raise ValueError(f"rehearse = {self.rehearse} is out of range: 0 (none) or more")
         if not 0 < self.rehearse_weight < float("inf"):
             raise ValueError(f"rehearse_weight = {self.rehearse_weight} is out of range: above 0")
-        if self.rehearse_tokens < 1:
-            raise ValueError(f"rehearse_tokens = {self.rehearse_tokens} is out of range: at least 1")
+        if self.rehearse_tokens != "auto" and self.rehearse_tokens < 1:
+            raise ValueError(f"rehearse_tokens = {self.rehearse_tokens} is out of range: at least 1, or 'auto'")
         if not 0 <= self.rehearse_prompts < float("inf"):
             raise ValueError(f"rehearse_prompts = {self.rehearse_prompts} is out of range: 0 (nothing) or more")
         if self.curvature_penalty != "auto" and not 0 <= self.curvature_penalty < float("inf"):
@@ -119,7 +120,8 @@ class Protection(Targets):
                 "curvature_penalty needs both sides of the curvature measured: source 'curvature' and constraint "
                 "'two-sided'"
             )
-        if self.rehearse and self.calibrates_itself and (self.calibration_tokens or 0) > self.rehearse_tokens:
+        rehearsed = self.rehearse_tokens if self.rehearse and self.rehearse_tokens != "auto" else None
+        if rehearsed is not None and self.calibrates_itself and (self.calibration_tokens or 0) > rehearsed:
             raise ValueError(
                 f"calibration_tokens = {self.calibration_tokens} is more than the {self.rehearse_tokens} that are "
                 "written to be rehearsed, on which the model is measured then; leave it out, or raise rehearse_tokens"
