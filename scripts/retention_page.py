@@ -4,7 +4,8 @@
 
 reads ``docs/results/retention``. ``knowledge.json`` and ``many.json`` (written by ``benchmarks.retention.compare
 collect``) hold of each entry of the grid the cells on the bed that settings were chosen on, and the chosen one on the
-others; only the others are shown as results. ``encoder.json`` is real text: see ``retention_text.py``.
+others; only the others are shown as results. ``text.json`` and ``encoder.json`` are real text: see
+``retention_text.py``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ RESULTS = ROOT / "docs" / "results" / "retention"
 PAGE = ROOT / "docs" / "retention.md"
 BEDS = {"knowledge": "retention.svg", "many": "retention-many.svg"}
 """Results of compare.py, each with its picture."""
+
+TEXTS = ("text", "encoder")
+"""Results of compare_text.py."""
 
 MEASURES = ("all", "learned", "base", "skills")
 NAMES = {
@@ -130,8 +134,9 @@ def files() -> dict[Path, str]:
             found = entries(cells)
             parts |= {name: results_table(found), f"{name}-tried": tried_table(found)}
             pictures[PAGE.parent / drawn] = picture(found)
-    if cells := read("encoder"):
-        parts |= {"encoder": measured_table(cells), "encoder-tried": validated_table(cells)}
+    for name in TEXTS:
+        if cells := read(name):
+            parts |= {name: measured_table(cells), f"{name}-tried": validated_table(cells)}
     return {PAGE: filled(PAGE.read_text(encoding="utf-8"), parts)} | pictures
 
 

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import GPT2Config, LlamaConfig, T5Config, TrainingArguments
 
 from lorica.config import UpdateConfig, build_config
@@ -22,13 +24,14 @@ from lorica.update import train
 from lorica.update_record import identity_of
 from tests.forecast.conftest import Folder, config_folder  # noqa: F401
 from tests.forecast.test_forecast import CPU
-from tests.training.conftest import llama_folder, rows  # noqa: F401
+from tests.training.conftest import llama_folder, rows, t5_folder  # noqa: F401
 
 LLAMA = LlamaConfig(vocab_size=61, bos_token_id=1, eos_token_id=2)
 T5 = T5Config(vocab_size=61)
 NEEDED = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
 
 
+QUICK = {"rehearse_tokens": 200, "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
 NONE_REHEARSED = {"rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0}
 
 
@@ -66,12 +69,16 @@ def test_the_papers_form_is_what_the_options_say_by_themselves() -> None:
         {"osft_unfreeze_rank_ratio": 0.2},
         {"rank_schedule": [0.3, 0.6]},
         {"unfreeze_rank_ratio": 0.1},
-        {"ranks": "marginal", "expected_forgetting": 0.1},
     ],
     ids=str,
 )
 def test_an_amount_that_is_given_stays(amount: dict[str, Any]) -> None:
     assert decided(filled(**amount)) == RETAIN | {"unfreeze_rank_ratio": amount.get("unfreeze_rank_ratio")}
+
+
+def test_expected_forgetting_is_an_amount_too() -> None:
+    config = filled(ranks="marginal", expected_forgetting=0.1)
+    assert decided(config) == RETAIN | {"unfreeze_rank_ratio": None, "curvature_penalty": 0.0}
 
 
 def test_what_is_given_stays_even_where_it_is_an_options_own_default() -> None:
@@ -88,7 +95,16 @@ def test_without_rehearsal_nothing_is_said_of_it() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"constraint": "input"}, {"constraint": "block"}, {"rank_pattern": {"q_proj": 0}}, {"rank_schedule": [0.0, 0.5]}],
+    [
+        {"constraint": "input"},
+        {"constraint": "block"},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_schedule": [0.0, 0.5]},
+        {"unfreeze_rank_ratio": 1.0},
+        {"osft_unfreeze_rank_ratio": 1.0},
+        {"effective_rank": 0},
+        {"ranks": "marginal"},
+    ],
     ids=str,
 )
 def test_no_penalty_where_it_is_not_defined(options: dict[str, Any]) -> None:
@@ -112,6 +128,20 @@ def test_an_encoder_decoder_rehearses_answers_to_prompts() -> None:
     config = filled(T5, prompts_file="p")
     assert decided(config) == RETAIN | {"rehearse_prompts": 0.0}
     assert config.calibration is None
+    assert config.remember_tasks, "as without prompts: what is carried goes on"
+
+
+def test_prompts_are_not_trained_where_there_are_no_logits() -> None:
+    assert decided(filled(use_liger_kernel=True)) == RETAIN | {"rehearse_prompts": 0.0}
+    method = build_method("osft", {"rehearse_prompts": 0.1, "rehearse": 0.5}, {})
+    with pytest.raises(LoricaError, match="rehearse_prompts needs logits, and --use_liger_kernel makes none"):
+        method.penalty(torch.nn.Linear(1, 1), {}, None)  # type: ignore[arg-type]
+
+
+def test_a_configuration_that_names_no_vocabulary_is_taken_at_its_word() -> None:
+    config = SimpleNamespace(bos_token_id=7, eos_token_id=None, is_encoder_decoder=False)
+    config.get_text_config = lambda: config
+    assert decided(filled(config)) == RETAIN
 
 
 def test_one_of_several_ends_of_a_text_is_enough() -> None:
@@ -183,12 +213,12 @@ def test_an_update_under_it_is_recorded_and_foretold(
     llama_folder: Path, rows: Callable[..., str], tmp_path: Path
 ) -> None:
     given = {"model_name_or_path": str(llama_folder), "train_file": rows("new")}
-    given |= {"rehearse_tokens": 200, "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    given |= QUICK
     told: list[str] = []
     record = train(given | {"output_dir": str(tmp_path / "out")}, say=told.append)
     assert {name: record["config"][name] for name in RETAIN} == RETAIN | {"rehearse_tokens": 200}
     assert {entry["source"] for entry in record["plan"]} == {"curvature"}
-    assert record["rehearsed_tokens"] == 200
+    assert record["rehearse_tokens"] == 200
     assert 300 <= record["curvature_strength"] <= 10_000
     assert f"curvature_penalty auto: {record['curvature_strength']:,.0f} for these rows" in told
     assert all(row["holds"] for row in record["leakage"])
@@ -200,6 +230,43 @@ def test_an_update_under_it_is_recorded_and_foretold(
     foreseen = forecast(build_forecast_config({name: value for name, value in given.items() if name != "train_file"}))
     assert "curvature" in foreseen.ways[0].peak.device
     assert any(note.startswith("rehearse:") for note in foreseen.notes)
+
+
+def test_everything_free_is_plain_fine_tuning_by_default_too(
+    llama_folder: Path, rows: Callable[..., str], tmp_path: Path
+) -> None:
+    given = {"model_name_or_path": str(llama_folder), "train_file": rows("new"), "unfreeze_rank_ratio": 1.0, **QUICK}
+    record = train(given | {"output_dir": str(tmp_path / "out")}, say=lambda line: None)
+    assert record["curvature_strength"] == 0
+    assert forecast(build_forecast_config(given | {"output_dir": ""}), machine=CPU).ways
+    with pytest.raises(LoricaError, match=r"nothing of any weight is protected.*leave curvature_penalty out"):
+        forecast(build_forecast_config(given | {"output_dir": "", "curvature_penalty": 3.0}), machine=CPU)
+
+
+def test_an_encoder_decoder_is_updated_again_and_again(
+    t5_folder: Path, rows: Callable[..., str], tmp_path: Path
+) -> None:
+    carried, asked = [], {"prompts_file": rows("asked"), "rehearse_tokens": 200}
+    for index, (name, beside) in enumerate([("one", {}), ("two", asked), ("three", {})]):
+        model = tmp_path / str(index - 1) if index else t5_folder
+        given = {"model_name_or_path": str(model), "max_steps": 2, "report_to": "none", "use_cpu": True, **beside}
+        record = train(given | {"train_file": rows(name), "output_dir": str(tmp_path / str(index))}, say=lambda _: None)
+        carried.append(record["carried_bytes"])
+        assert all(row["holds"] for row in record["leakage"])
+    assert carried[0] == carried[1] == carried[2] > 0
+
+
+def test_resumed_it_is_the_undisturbed_run(llama_folder: Path, rows: Callable[..., str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = {"model_name_or_path": str(llama_folder), "train_file": rows("new"), "output_dir": str(out), **QUICK}
+    given |= {"max_steps": 6, "save_steps": 2}
+    train(given, say=lambda line: None)
+    whole = load_file(out / "model.safetensors")
+    for file in ("lorica.json", "model.safetensors"):
+        (out / file).unlink()
+    train(given | {"resume_from_checkpoint": str(out / "checkpoint-4")}, say=lambda line: None)
+    resumed = load_file(out / "model.safetensors")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
 @pytest.mark.parametrize(("options", "noted"), [({}, True), ({"fsdp": "full_shard"}, False)], ids=str)

@@ -113,7 +113,8 @@ class UpdateConfig(BaseModel):
     method, another source, or ranks that are for it."""
 
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
-    """Share of each weight's directions that may change: 0 nothing, 1 everything; 0.25 if nothing is given."""
+    """Share of each weight's directions that may change: 0 nothing, 1 everything. If nothing is given 0.5 with preset
+    retain, otherwise 0.25."""
 
     effective_rank: Amount | None = None
     """PEFT's name for the protected part: an int counts directions, a float is a share."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 from lorica.config import UpdateConfig
@@ -33,9 +34,10 @@ def with_preset(config: Config, model_config: Any) -> Config:
     it: another method, a plan, another source, ranks of the weight's spectrum. ``retain`` is ``RETAIN``, as far as it
     goes:
 
-    - no penalty where it is not defined: another constraint, a weight of which nothing is protected;
+    - no penalty where it is not defined: another constraint, a weight of which nothing may be protected;
     - nothing rehearsed by a model that begins no text (encoder-decoders, no BOS and no EOS): random tokens calibrate,
-      and finished tasks are remembered; with prompts an encoder-decoder rehearses its answers;
+      and finished tasks are remembered; with prompts an encoder-decoder rehearses its answers besides;
+    - no prompts trained with Liger's kernels, whose loss makes no logits;
     - of a model that FSDP2 shards the protected directions alone, from random tokens.
 
     Args:
@@ -92,20 +94,28 @@ def _where_it_differs(config: UpdateConfig, model_config: Any) -> dict[str, Any]
     writes = _begins_a_text(model_config) and not shared
     answers = config.prompts_file is not None and not shared
     values: dict[str, Any] = {}
-    unprotected = 0 in (*config.rank_pattern.values(), *(config.rank_schedule or ()))
-    if shared or unprotected or config.constraint not in (None, "two-sided"):
+    if shared or _may_leave_a_weight_free(config) or config.constraint not in (None, "two-sided"):
         values["curvature_penalty"] = 0.0
-    if not writes:
+    if not writes or config.training.get("use_liger_kernel"):  # its fused loss makes no logits
         values["rehearse_prompts"] = 0.0
+    if not writes:
+        values["remember_tasks"] = not shared
     if not (writes or answers):
-        values |= {"rehearse": 0.0, "remember_tasks": not shared}
-        values |= {} if config.calibration_file else {"calibration": "random"}
+        values |= {"rehearse": 0.0} | ({} if config.calibration_file else {"calibration": "random"})
     return values
+
+
+def _may_leave_a_weight_free(config: UpdateConfig) -> bool:
+    """Return whether there may be a weight of which nothing is protected."""
+    protected = (*config.rank_pattern.values(), *(config.rank_schedule or ()), config.effective_rank)
+    free = (config.unfreeze_rank_ratio, config.osft_unfreeze_rank_ratio)
+    return 0 in protected or 1 in free or config.ranks == "marginal"
 
 
 def _begins_a_text(model_config: Any) -> bool:
     """Return whether a model continues a text from BOS or EOS, as far as its configuration tells."""
     own = model_config.get_text_config()
     bos, eos = getattr(own, "bos_token_id", None), getattr(own, "eos_token_id", None)
+    size = getattr(own, "vocab_size", math.inf)
     known = [bos, *(eos if isinstance(eos, list) else [eos])]
-    return not model_config.is_encoder_decoder and any(one is not None and 0 <= one < own.vocab_size for one in known)
+    return not model_config.is_encoder_decoder and any(one is not None and 0 <= one < size for one in known)

@@ -196,7 +196,7 @@ class Update:
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
             "curvature_strength": self._strength(),
-            "rehearsed_tokens": self._rehearsed(),
+            "rehearse_tokens": self._tokens(),
             "predicted_forgetting": None if forgetting is None else asdict(forgetting),
             "cost": self._cost(trainable) | {"expected_peak_bytes": None if way is None else way.device_bytes},
         }
@@ -208,12 +208,9 @@ class Update:
         """Return the strength of the curvature penalty, in numbers."""
         return strength_for(self.config.curvature_penalty, self.inputs.train, causal=not self.seq2seq)
 
-    def _rehearsed(self) -> int:
+    def _tokens(self) -> int:
         """Return how many tokens are written to be rehearsed, in numbers."""
-        config = self.config
-        if not config.rehearse:
-            return 0
-        return tokens_for(config.rehearse_tokens, tokens_of(self.inputs.train), config.calibration_tokens)
+        return tokens_for(self.config, tokens_of(self.inputs.train)) if self.config.rehearse else 0
 
     def _open(self, output_dir: Path, plan: Plan | None) -> None:
         """Write what is known before training."""
@@ -243,7 +240,7 @@ class Update:
     def _begin(self, model: Any) -> Plan | None:
         self.method.kept = kept_bases(self.resume)
         what = "splitting weights" if self.method.kept is None else "reading the bases of the weights"
-        for line in first_steps(self.config, self.inputs, self._strength(), self._rehearsed()):
+        for line in first_steps(self.config, self.inputs, self._strength(), self._tokens()):
             self.say(line)
         self.method.begin_task(model, self._task(), progress=progress_bar(what))
         if self.config.optimizer_in_backward:

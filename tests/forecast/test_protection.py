@@ -18,8 +18,10 @@ from lorica.errors import LoricaError
 from lorica.forecast.dry_model import assumptions
 from lorica.forecast.options import build_forecast_config
 from lorica.forecast.protection import ALL, Protection, measured, protection_text
+from lorica.methods import own_texts
 from lorica.subspace.calibration import own_text
 from lorica.subspace.measure import Wanted, measure
+from lorica.update import train
 from tests.methods.little_text import little_text  # noqa: F401
 from tests.training.conftest import llama_folder, rows, t5_folder  # noqa: F401
 
@@ -124,3 +126,22 @@ def test_what_predicting_takes_is_told() -> None:
 def test_an_encoder_decoder_is_measured_on_random_tokens(t5_folder: Path) -> None:
     curvature, weight = look(t5_folder, source="curvature")
     assert curvature.groups[ALL].expected < weight.groups[ALL].expected
+
+
+def test_as_much_is_written_as_training_would_let_it(
+    llama_folder: Path, rows: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    write = own_texts.own_text
+
+    def noting(*args: Any, tokens: int, **options: Any) -> Any:
+        written.append(tokens)
+        return write(*args, **options | {"tokens": 300})
+
+    for name, value in {"FEWEST": 1, "MOST": 20_000, "own_text": noting}.items():
+        monkeypatch.setattr(own_texts, name, value)
+    config = {"model_name_or_path": str(llama_folder), "use_cpu": True, "train_file": rows("new")}
+    measured(build_forecast_config(config | {"measure": True}))
+    train(config | {"output_dir": str(tmp_path / "out"), "max_steps": 1, "disable_tqdm": True}, say=lambda line: None)
+    measured(build_forecast_config({"model_name_or_path": str(llama_folder), "use_cpu": True, "measure": True}))
+    assert written[0] == written[1] < written[2] == 20_000, "without data the most"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,16 +22,24 @@ from lorica.training.models import load_model_config, load_tokenizer
 from tests.builders import task_of, tiny
 from tests.training.conftest import llama_folder, rows  # noqa: F401
 
+
+def asked(**options: Any) -> Any:
+    return SimpleNamespace(**{"rehearse_tokens": "auto", "calibration": None, "calibration_tokens": None} | options)
+
+
 NEEDED = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
 
 
 @given(st.integers(0, 10 * MOST), st.integers(0, 10 * MOST), st.integers(0, 2 * MOST))
 def test_more_rows_want_more_text_within_bounds(some: int, more: int, at_least: int) -> None:
-    fewer, many = tokens_for("auto", some), tokens_for("auto", some + more)
-    assert FEWEST <= fewer <= many <= MOST == tokens_for("auto", None)
+    fewer, many = tokens_for(asked(), some), tokens_for(asked(), some + more)
+    assert FEWEST <= fewer <= many <= MOST == tokens_for(asked(), None)
     assert fewer in (FEWEST, TIMES * some, MOST)
-    assert tokens_for("auto", some, at_least) == max(fewer, at_least), "what calibrates is among them"
-    assert tokens_for(17, some, at_least) == 17, "a number is a number"
+    beside = {"calibration_tokens": at_least}
+    for own in ({}, {"calibration": "self"}):
+        assert tokens_for(asked(**beside, **own), some) == max(fewer, at_least), "what calibrates is among them"
+    assert tokens_for(asked(**beside, calibration="random"), some) == fewer
+    assert tokens_for(asked(rehearse_tokens=17, **beside), some) == 17, "a number is a number"
 
 
 @given(st.lists(st.integers(1, MOST // 8), max_size=20))
@@ -44,17 +53,17 @@ def test_counting_ends_where_it_makes_no_difference(lengths: list[int]) -> None:
 
     found = tokens_of(Rows(lengths))  # type: ignore[arg-type]
     assert found == sum(lengths[: len(counted)])
-    assert tokens_for("auto", found) == tokens_for("auto", sum(lengths))
+    assert tokens_for(asked(), found) == tokens_for(asked(), sum(lengths))
     assert len(counted) == len(lengths) or TIMES * found >= MOST > TIMES * (found - lengths[len(counted) - 1])
 
 
 @pytest.mark.parametrize(("fewest", "most", "wanted"), [(50, 100, 100), (50, 10**6, None), (10**4, 10**6, 10**4)])
 def test_a_task_is_begun_with_as_much(fewest: int, most: int, wanted: int | None, monkeypatch: Any) -> None:
-    asked: list[int] = []
+    written: list[int] = []
     write = own_texts.own_text
 
     def noting(*args: Any, tokens: int, **options: Any) -> Any:
-        asked.append(tokens)
+        written.append(tokens)
         return write(*args, **options | {"tokens": 100})
 
     for name, value in {"FEWEST": fewest, "MOST": most, "own_text": noting}.items():
@@ -63,7 +72,7 @@ def test_a_task_is_begun_with_as_much(fewest: int, most: int, wanted: int | None
     task = task_of(model)
     METHODS["osft"].build({"rehearse": 0.5, "rehearse_tokens": "auto"}).begin_task(model, task)
     every = sum(len(task.rows[index]["input_ids"]) for index in range(len(task.rows)))  # type: ignore[arg-type]
-    assert asked == [wanted or TIMES * every]
+    assert written == [wanted or TIMES * every]
 
 
 def test_a_forecast_counts_as_much(llama_folder: Path, rows: Any, monkeypatch: Any) -> None:

@@ -129,6 +129,15 @@ def test_the_step_is_run_again_in_halves(
 
 
 @pytest.mark.reliability("R18")
+def test_what_is_rehearsed_is_what_the_smaller_batches_would(tmp_path: Path) -> None:
+    def method() -> Method:
+        return METHODS["osft"].build({"rehearse": 0.5, "rehearse_tokens": 300})
+
+    halved = trained(tiny("llama"), method(), tmp_path, Device(2, after=1))
+    assert_same(halved, trained(tiny("llama"), method(), tmp_path, size=2))
+
+
+@pytest.mark.reliability("R18")
 @pytest.mark.parametrize("kind", [SeqFT, Pull, Flatten])
 @pytest.mark.parametrize("name", ["llama", "t5", "bert-classifier"])
 def test_whatever_the_loss_is_the_mean_of(name: str, kind: type[SeqFT], tmp_path: Path) -> None:

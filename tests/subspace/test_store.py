@@ -294,14 +294,16 @@ def test_a_file_that_another_process_removes_while_it_is_opened_counts_as_absent
 ) -> None:
     w = torch.randn(288, 256, generator=torch.Generator().manual_seed(0))
     SplitStore(tmp_path).split(w, 100)
-    opened = torch.UntypedStorage.from_file
+    opened, removed = torch.UntypedStorage.from_file, []
 
     def removed_first(name: str, *rest: object, **named: object) -> torch.UntypedStorage:
         Path(name).unlink()
+        removed.append(name)
         return opened(name, *rest, **named)
 
     monkeypatch.setattr(torch.UntypedStorage, "from_file", removed_first)
     assert same(SplitStore(tmp_path).split(w, 100), split(w, 100))
+    assert removed
 
 
 # --- from task to task --------------------------------------------------------------------------------------------

@@ -83,8 +83,7 @@ def shown(settings: UpdateConfig, plan: Plan, model_config: Any, prompt: int, of
         LoricaError: something is wrong with ``calibration_file``.
     """
     measures = settings.ranks == "importance" or any(entry.source in MEASURED for entry in plan.entries)
-    amount = tokens_for(settings.rehearse_tokens, of_rows, settings.calibration_tokens)
-    written = amount if settings.rehearse else 0
+    written = tokens_for(settings, of_rows) if settings.rehearse else 0
     if not measures:
         return Shown(None, 0, written)
     rows = given_rows(settings, model_config)

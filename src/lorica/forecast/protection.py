@@ -16,10 +16,11 @@ from lorica.errors import LoricaError
 from lorica.forecast.measuring import given_rows, longest_row
 from lorica.forecast.result import columns
 from lorica.forecast.story import device_of
-from lorica.inputs import asked_of
+from lorica.inputs import Inputs, asked_of
 from lorica.lineage import read_lineage
 from lorica.methods import TaskData, build_method
 from lorica.methods.osft import OSFT, default_calibration
+from lorica.methods.own_texts import tokens_for, tokens_of
 from lorica.methods.protection import given_options
 from lorica.preset import with_preset
 from lorica.subspace.answers import own_answers
@@ -30,7 +31,7 @@ from lorica.subspace.plan_entry import PlanEntry
 from lorica.subspace.prediction import EnergyShares, Outlook, both_factors, kind_of
 from lorica.subspace.sources import Protected, protected_directions
 from lorica.subspace.store import SplitStore
-from lorica.training.models import load_model, load_model_config, pinned
+from lorica.training.models import load_model, load_model_config, load_tokenizer, pinned, position_limit
 
 ALL = "all"
 _NONE = "-"
@@ -91,7 +92,7 @@ def measured(config: UpdateConfig) -> list[Protection]:
     settings = with_preset(settings, model_config)
     model = load_model(settings, model_config, device_of(settings))
     lineage = read_lineage(settings.model_name_or_path)
-    method = _method(settings, model_config)
+    method = _method(_as_much_written(settings, model_config), model_config)
     method.load_state_dict(lineage.memory("osft"))
     seed = int(settings.training.get("seed", 42))
     task = TaskData("check", lineage.updates, lineage.updates + 1, [], dict, seed)  # type: ignore[arg-type]
@@ -113,6 +114,16 @@ def protection_text(found: Sequence[Protection]) -> str:
         for one in found
     ]
     return "\n\n".join([*(one.table() for one in found), "\n".join(told)])
+
+
+def _as_much_written(settings: UpdateConfig, model_config: Any) -> UpdateConfig:
+    """Return the settings with the number of tokens that training would let the model write."""
+    rows = None
+    if settings.source_of_rows and settings.rehearse:
+        seq2seq, limit = bool(model_config.is_encoder_decoder), position_limit(model_config)
+        rows = Inputs(settings, load_tokenizer(settings), seq2seq=seq2seq, position_limit=limit).train
+    number = tokens_for(settings, None if rows is None else tokens_of(rows))
+    return settings.model_copy(update={"rehearse_tokens": number} if settings.rehearse else {})
 
 
 def _method(settings: UpdateConfig, model_config: Any) -> OSFT:

@@ -43,7 +43,7 @@ from lorica.preset import with_preset
 from lorica.training.arguments import training_arguments
 from lorica.training.deepspeed import undivided
 from lorica.training.models import load_model_config, model_width, pinned
-from lorica.training.sharding import offloads
+from lorica.training.sharding import check_option, offloads
 
 RATIOS = [round(0.05 * i, 2) for i in range(1, 20)]
 """Free shares that are tried for a memory, which they need more and more of. 1 is not one of them: plain fine-tuning
@@ -185,10 +185,10 @@ class _Run:
         if self.machine.device == "cpu":
             told.append("each device is a CPU with a machine of its own")
         whole = self.settings.rehearse or self.settings.curvature_penalty
-        if whole and not self.settings.training.get("fsdp"):
+        if whole and check_option("fsdp", self.settings.training.get("fsdp")) is None:
             told.append(
-                "sharded, a model is counted with rehearse and curvature_penalty, which --fsdp refuses and the preset "
-                "then leaves out: give --fsdp full_shard"
+                "sharded, a model is counted with rehearse and curvature_penalty, which --fsdp does not take: with "
+                "--fsdp full_shard it is counted as it would be trained"
             )
         return told
 

@@ -69,7 +69,8 @@ class Carried:
         if tasks and not self.asked.remember_tasks:
             raise LoricaError(
                 "finished tasks were learned with remember_tasks, and what they were would now be forgotten: "
-                "set remember_tasks, or remove the folder memory beside the model to give it up"
+                "set remember_tasks (for every source but weight), or remove the folder memory beside the model to "
+                "give it up"
             )
         if self.asked.protect_learned:
             self.learned.load_state_dict(learned)

@@ -149,10 +149,7 @@ class CurvaturePenalty:
         layers = protected_layers(model)
         missing = next((name for name in factors if name not in layers), None)
         if missing is not None:
-            raise LoricaError(
-                f"curvature_penalty: nothing of {missing} is protected, so that it trains as it is; give "
-                "unfreeze_rank_ratio below 1, or leave curvature_penalty out"
-            )
+            raise _not_held(missing)
 
         made: dict[tuple[int, int], Side] = {}  # layers with the same input hold one basis, and have one factor of it
 
@@ -172,7 +169,13 @@ class CurvaturePenalty:
 
     @classmethod
     def blank(cls, model: nn.Module, strength: float) -> Self:
-        """Return one that is as large and as much work for a protected model; its values mean nothing."""
+        """Return one that is as large and as much work for a protected model; its values mean nothing.
+
+        Raises:
+            LoricaError: the model holds no weight.
+        """
+        if not protected_layers(model):
+            raise _not_held("any weight")
         made: dict[int, Side] = {}
 
         def side(basis: Basis, core_PQ: Tensor) -> Side:
@@ -210,3 +213,10 @@ class CurvaturePenalty:
         layers = protected_layers(model)
         parts = [sides.penalty(layers[name].core) for name, sides in self.sides.items()]
         return self.strength * torch.stack([part.to(parts[0].device) for part in parts]).sum()
+
+
+def _not_held(what: str) -> LoricaError:
+    return LoricaError(
+        f"curvature_penalty: nothing of {what} is protected, so that it trains as it is; give "
+        "unfreeze_rank_ratio below 1, or leave curvature_penalty out"
+    )

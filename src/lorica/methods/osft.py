@@ -108,6 +108,8 @@ class OSFT(Method):
         if self.rehearsal is not None:
             parts.append(self.rehearsal.penalty(model, inputs))
         if self.protection.rehearse_prompts:
+            if logits is None:
+                raise LoricaError("rehearse_prompts needs logits, and --use_liger_kernel makes none; leave one out")
             parts.append(self.protection.rehearse_prompts * prompt_loss(inputs, logits))
         return sum(parts[1:], parts[0]) if parts else None
 

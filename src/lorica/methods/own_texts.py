@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 from torch import Tensor, nn
 
 from lorica import processes
@@ -25,20 +27,32 @@ TIMES, FEWEST, MOST = 4, 8_192, 65_536
 beds of fifty small tasks and of four large ones."""
 
 
-def tokens_for(asked: int | str, of_rows: int | None, at_least: int | None = None) -> int:
+class Asked(Protocol):
+    """The options that say how much is written, of a method or of an update."""
+
+    @property
+    def rehearse_tokens(self) -> int | str: ...
+
+    @property
+    def calibration(self) -> Any: ...
+
+    @property
+    def calibration_tokens(self) -> int | None: ...
+
+
+def tokens_for(asked: Asked, of_rows: int | None) -> int:
     """Return how many tokens are written to be rehearsed; for ``AUTO`` ``TIMES`` those of the rows, within bounds.
 
-    So what comes before a short update takes no longer than the update.
+    And no fewer than ``calibration_tokens``, where the model is measured on them.
 
     Args:
-        asked: ``rehearse_tokens``.
         of_rows: tokens of the task's rows; None: not known, and so the most.
-        at_least: ``calibration_tokens``, which are among them.
     """
-    if asked != AUTO:
-        return int(asked)
+    if asked.rehearse_tokens != AUTO:
+        return int(asked.rehearse_tokens)
+    own = asked.calibration is None or asked.calibration == "self"
     wanted = MOST if of_rows is None else min(MOST, TIMES * of_rows)
-    return max(FEWEST, wanted, at_least or 0)
+    return max(FEWEST, wanted, (asked.calibration_tokens or 0) if own else 0)
 
 
 def tokens_of(rows: Rows) -> int:
@@ -77,7 +91,7 @@ def written(
     if asked.rehearse or asked.prompts:
         check_numbers(model)
     if asked.rehearse:
-        total = tokens_for(asked.rehearse_tokens, tokens_of(task.rows), asked.calibration_tokens)
+        total = tokens_for(asked, tokens_of(task.rows))
         return _rehearsed(model, asked, total, task.seed + task.index, progress)
     if asked.prompts and calibrates:
         tokens = asked.calibration_tokens or TOKENS

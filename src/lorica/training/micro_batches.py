@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorica.data.parts import is_out_of_memory
 from lorica.errors import LoricaError
+from lorica.methods.base import Method
 from lorica.methods.task import Collate, Rows
 from lorica.training.rows import NUMBER, where
 from lorica.training.states import random_state, set_random_state
@@ -24,9 +25,10 @@ class MicroBatches:
     """Runs the micro-batches of one step after the other, in halves from the first time that memory runs out.
 
     A pass that breaks off may leave a part of its gradients behind. So all gradients of the step are dropped, the
-    random state is set to that of the step's beginning, and every micro-batch of the step so far is run again, in
-    parts of half as many rows. A step stays what it was: the same rows, each with the same weight in the loss. The
-    result is that of a run with the smaller micro-batches and as much more accumulation from the start.
+    random state and what the method has gathered are set to those of the step's beginning, and every micro-batch of
+    the step so far is run again, in parts of half as many rows. A step stays what it was: the same rows, each with the
+    same weight in the loss. The result is that of a run with the smaller micro-batches and as much more accumulation
+    from the start.
 
     How small the parts are is no part of a checkpoint: a resumed run tries whole micro-batches first.
 
@@ -36,6 +38,7 @@ class MicroBatches:
         count: tells how many of a batch's labels are trained.
         size: rows of a micro-batch.
         once: why a step cannot be run again; None: it can.
+        method: what it has gathered is taken back where a step is run again.
         tell: takes a notice.
     """
 
@@ -47,15 +50,18 @@ class MicroBatches:
         size: int,
         *,
         once: str | None,
+        method: Method,
         tell: Callable[[str], None],
     ) -> None:
         self.rows, self.collate, self.count, self.tell = rows, collate, count, tell
+        self.method = method
         self.size = self.most = size
         self.once = once
         self.step, self.begun = 0, 0
         self.numbers: list[list[int]] = []
         self._running: list[int] = []
         self._random: dict[str, Any] = {}
+        self._gathered: Any = None
 
     def begin_step(self, step: int, batches: Sequence[dict[str, Any]]) -> None:
         """Take the numbers of the rows out of the micro-batches of a step."""
@@ -79,7 +85,7 @@ class MicroBatches:
             LoricaError: a row does not fit by itself, or the step cannot be run again.
         """
         if self.begun == 0:  # not earlier: a resumed run sets it after the batches are there
-            self._random = random_state()
+            self._random, self._gathered = random_state(), self.method.training_state()
         self.begun += 1
         loss = self._attempt([self.current], one_pass, batch)
         while loss is None:
@@ -87,6 +93,7 @@ class MicroBatches:
             drop_gradients()
             clear_device_cache(garbage_collection=True)
             set_random_state(self._random)
+            self.method.load_training_state(self._gathered)
             loss = self._attempt(self.numbers[: self.begun], one_pass)
         return loss
 

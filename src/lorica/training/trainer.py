@@ -65,7 +65,7 @@ class MethodMixin(UnderZero, Stops):
             self.args.max_grad_norm = 0.0
         self.micro_batches = MicroBatches(
             rows, trained, self._trained, self.args.train_batch_size,
-            once=self._why_once(), tell=self._note,
+            once=self._why_once(), method=method, tell=self._note,
         )  # fmt: skip
         self.add_callback(WeightWatch(self._stop_at_weight))
         self.add_callback(ScaleWatch(self.accelerator, self._stop_at_scale))
