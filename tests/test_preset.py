@@ -57,7 +57,7 @@ def test_the_papers_form_is_what_the_options_say_by_themselves() -> None:
     plain = build_config(NEEDED | {"preset": "paper"})
     assert with_preset(plain, LLAMA) is plain
     assert decided(plain) == {
-        "source": "weight", "unfreeze_rank_ratio": None, "curvature_penalty": 0.0,
+        "source": "weight", "unfreeze_rank_ratio": None, "remember_tasks": False, "curvature_penalty": 0.0,
         "rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0,
     }  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_expected_forgetting_is_an_amount_too() -> None:
 def test_what_is_given_stays_even_where_it_is_an_options_own_default() -> None:
     given = {"rehearse": 0.5, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0, "curvature_penalty": 50.0}
     assert decided(filled(**given)) == RETAIN | given
-    assert filled(remember_tasks=True).remember_tasks
+    assert not filled(remember_tasks=False).remember_tasks
 
 
 def test_without_rehearsal_nothing_is_said_of_it() -> None:
@@ -120,7 +120,6 @@ def test_a_model_that_begins_no_text_rehearses_none(model: Any) -> None:
     config = filled(model)
     assert decided(config) == RETAIN | NONE_REHEARSED
     assert config.calibration == "random"
-    assert config.remember_tasks
     assert filled(model, calibration_file="c").calibration is None
 
 
@@ -128,7 +127,6 @@ def test_an_encoder_decoder_rehearses_answers_to_prompts() -> None:
     config = filled(T5, prompts_file="p")
     assert decided(config) == RETAIN | {"rehearse_prompts": 0.0}
     assert config.calibration is None
-    assert config.remember_tasks, "as without prompts: what is carried goes on"
 
 
 def test_prompts_are_not_trained_where_there_are_no_logits() -> None:
@@ -150,8 +148,7 @@ def test_one_of_several_ends_of_a_text_is_enough() -> None:
 
 def test_a_sharded_model_gets_the_directions_alone() -> None:
     config = filled(fsdp="full_shard")
-    assert decided(config) == RETAIN | NONE_REHEARSED | {"curvature_penalty": 0.0}
-    assert not config.remember_tasks
+    assert decided(config) == RETAIN | NONE_REHEARSED | {"curvature_penalty": 0.0, "remember_tasks": False}
     assert config.calibration == "random"
 
 
@@ -189,11 +186,11 @@ def test_what_it_added_is_told() -> None:
     asked = build_config(NEEDED | {"rehearse": 0.1, "constraint": "input"})
     told = filled_in(asked, with_preset(asked, LLAMA))
     assert told == (
-        "preset retain: source curvature, unfreeze_rank_ratio 0.5, rehearse_tokens auto, rehearse_prompts 0.1; "
-        "--preset paper leaves these out"
+        "preset retain: source curvature, unfreeze_rank_ratio 0.5, remember_tasks True, rehearse_tokens auto, "
+        "rehearse_prompts 0.1; --preset paper leaves these out"
     )
     plain = build_config(NEEDED)
-    assert "remember_tasks True, calibration random" in str(filled_in(plain, with_preset(plain, T5)))
+    assert "curvature_penalty auto, calibration random" in str(filled_in(plain, with_preset(plain, T5)))
     lora = build_config(NEEDED | {"method": "lora"})
     assert filled_in(lora, with_preset(lora, LLAMA)) is None
 
@@ -219,13 +216,14 @@ def test_an_update_under_it_is_recorded_and_foretold(
     assert {name: record["config"][name] for name in RETAIN} == RETAIN | {"rehearse_tokens": 200}
     assert {entry["source"] for entry in record["plan"]} == {"curvature"}
     assert record["rehearse_tokens"] == 200
+    assert record["carried_bytes"] > 0
     assert 300 <= record["curvature_strength"] <= 10_000
     assert f"curvature_penalty auto: {record['curvature_strength']:,.0f} for these rows" in told
     assert all(row["holds"] for row in record["leakage"])
     assert "rehearsal: the model first writes 200 tokens of text of its own" in told
     assert told[0] == (
-        "preset retain: source curvature, unfreeze_rank_ratio 0.5, curvature_penalty auto, rehearse 0.5, "
-        "rehearse_prompts 0.1; --preset paper leaves these out"
+        "preset retain: source curvature, unfreeze_rank_ratio 0.5, remember_tasks True, curvature_penalty auto, "
+        "rehearse 0.5, rehearse_prompts 0.1; --preset paper leaves these out"
     )
     foreseen = forecast(build_forecast_config({name: value for name, value in given.items() if name != "train_file"}))
     assert "curvature" in foreseen.ways[0].peak.device

@@ -108,9 +108,9 @@ class UpdateConfig(BaseModel):
 
     preset: Literal["retain", "paper"] = "retain"
     """retain: all that kept in our comparisons, of what is not given itself: source curvature, unfreeze_rank_ratio 0.5,
-    curvature_penalty auto, rehearse 0.5, rehearse_tokens auto and rehearse_prompts 0.1; where the model writes no text,
-    remember_tasks in place of rehearsing. paper: every option as it stands here; the default beside plan_file, another
-    method, another source, or ranks that are for it."""
+    remember_tasks, curvature_penalty auto, rehearse 0.5, rehearse_tokens auto and rehearse_prompts 0.1, as far as the
+    model writes text. paper: every option as it stands here; the default beside plan_file, another method, another
+    source, or ranks that are for it."""
 
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
     """Share of each weight's directions that may change: 0 nothing, 1 everything. If nothing is given 0.5 with preset

@@ -14,12 +14,13 @@ Config = TypeVar("Config", bound=UpdateConfig)
 RETAIN: dict[str, Any] = {
     "source": "curvature",
     "unfreeze_rank_ratio": 0.5,
+    "remember_tasks": True,
     "curvature_penalty": "auto",
     "rehearse": 0.5,
     "rehearse_tokens": "auto",
     "rehearse_prompts": 0.1,
 }
-"""What kept most of facts known by heart: docs/retention.md."""
+"""What kept most of facts known by heart, and ``remember_tasks``, which real text needs: docs/retention.md."""
 
 OF_REHEARSING = ("rehearse_tokens", "rehearse_prompts")
 """Options that have no effect where nothing is rehearsed."""
@@ -35,8 +36,8 @@ def with_preset(config: Config, model_config: Any) -> Config:
     goes:
 
     - no penalty where it is not defined: another constraint, a weight of which nothing may be protected;
-    - nothing rehearsed by a model that begins no text (encoder-decoders, no BOS and no EOS): random tokens calibrate,
-      and finished tasks are remembered; with prompts an encoder-decoder rehearses its answers besides;
+    - nothing rehearsed by a model that begins no text (encoder-decoders, no BOS and no EOS), and random tokens
+      calibrate; with prompts an encoder-decoder rehearses its answers;
     - no prompts trained with Liger's kernels, whose loss makes no logits;
     - of a model that FSDP2 shards the protected directions alone, from random tokens.
 
@@ -66,7 +67,7 @@ def with_preset(config: Config, model_config: Any) -> Config:
 
 def filled_in(asked: UpdateConfig, settled: UpdateConfig) -> str | None:
     """Return a line that names what ``with_preset`` made of a configuration, None if that is nothing."""
-    names = (*RETAIN, "remember_tasks", "calibration")
+    names = (*RETAIN, "calibration")
     changed = {name: getattr(settled, name) for name in names if getattr(settled, name) != getattr(asked, name)}
     if not changed:
         return None
@@ -98,8 +99,8 @@ def _where_it_differs(config: UpdateConfig, model_config: Any) -> dict[str, Any]
         values["curvature_penalty"] = 0.0
     if not writes or config.training.get("use_liger_kernel"):  # its fused loss makes no logits
         values["rehearse_prompts"] = 0.0
-    if not writes:
-        values["remember_tasks"] = not shared
+    if shared:
+        values["remember_tasks"] = False
     if not (writes or answers):
         values |= {"rehearse": 0.0} | ({} if config.calibration_file else {"calibration": "random"})
     return values

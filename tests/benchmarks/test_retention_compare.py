@@ -136,7 +136,8 @@ def test_a_mistake_ends_with_one_line(
     assert not runs
 
 
-FEWER = {"replay-1": 3, "replay-5": 3, "replay-20": 3, "joint": 3, "everything": 1, "retain": 1} | {
+PRESETS = {"everything": 1, "retain": 1, "not-remembering": 1}
+FEWER = {"replay-1": 3, "replay-5": 3, "replay-20": 3, "joint": 3} | PRESETS | {
     "rehearse": 2, "held-rehearse": 2, "rehearse-light": 2, "rehearse-weight": 2, "rehearse-free": 1,
 }  # fmt: skip
 
@@ -145,7 +146,7 @@ FEWER = {"replay-1": 3, "replay-5": 3, "replay-20": 3, "joint": 3, "everything":
     ("file", "fewer"),
     [
         ("knowledge-grid.yaml", FEWER),
-        ("many-grid.yaml", {"replay-5": 3, "held": 3, "held-rehearse": 1, "everything": 1, "retain": 1}),
+        ("many-grid.yaml", {"replay-5": 3, "held": 3, "held-rehearse": 1} | PRESETS),
     ],
 )
 def test_the_committed_grids_give_every_entry_as_many_cells_and_ask_for_what_exists(

@@ -190,7 +190,7 @@ def test_a_second_signal_ends_the_process_at_once_and_does_no_harm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     out = tmp_path / "out"
-    settings = TWO | EVAL | {"disable_tqdm": True, "seed": 1, "save_steps": 1}
+    settings = TWO | EVAL | {"disable_tqdm": True, "seed": 1, "save_steps": 1, "preset": "paper"}
     settings |= {"model_name_or_path": llama_folder, "train_file": files["file"], "eval_file": files["eval_file"]}
     words = [f"--{name}={value}" for name, value in settings.items()]
     monkeypatch.setattr(sys, "argv", ["lorica", "train", f"--output_dir={out}", *words])
