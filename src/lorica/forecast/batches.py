@@ -14,6 +14,7 @@ from lorica.config import UpdateConfig
 from lorica.data.encoder import Encoded
 from lorica.forecast.dry_run import Batch
 from lorica.inputs import Inputs, asked_of
+from lorica.methods.own_texts import tokens_of
 from lorica.training.models import load_tokenizer, position_limit
 
 
@@ -28,7 +29,7 @@ class Batches:
         scored: the largest batch of the rows that are scored before and after; None where none are.
         notes: what was assumed.
         prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
-        tokens: of all rows together; None where there is no data.
+        tokens: of the rows, as ``tokens_of`` counts them; None where there is no data.
     """
 
     worst: Batch
@@ -76,7 +77,7 @@ def batches_of(
         scored=_largest(held_out, arguments.per_device_eval_batch_size, seq2seq) if held_out else None,
         notes=[],
         prompt=_longest(inputs.prompts),
-        tokens=sum(len(row.input_ids) for row in rows),
+        tokens=tokens_of(inputs.train),
     )
 
 
