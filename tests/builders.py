@@ -208,8 +208,8 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 class BatchRows(torch.utils.data.Dataset[dict[str, list[int]]]):
     """Random rows as a method sees them; collating all of them gives one batch of the model's."""
 
-    def __init__(self, model: nn.Module, seed: int = 0, rows: int = 12) -> None:
-        self.whole = batch(model, seed, rows)
+    def __init__(self, model: nn.Module, seed: int = 0, rows: int = 12, **size: int) -> None:
+        self.whole = batch(model, seed, rows, **size)
 
     def __len__(self) -> int:
         return len(self.whole["input_ids"])

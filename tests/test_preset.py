@@ -31,8 +31,9 @@ T5 = T5Config(vocab_size=61)
 NEEDED = {"model_name_or_path": "m", "train_file": "t", "output_dir": "o"}
 
 
-QUICK = {"rehearse_tokens": 200, "max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-NONE_REHEARSED = {"rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0}
+SHORT = {"rehearse_tokens": 200, "rehearse_length": 32}
+QUICK = SHORT | {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+NONE_REHEARSED = {"rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_length": 64, "rehearse_prompts": 0.0}
 
 
 def filled(model: Any = LLAMA, **options: Any) -> UpdateConfig:
@@ -58,7 +59,7 @@ def test_the_papers_form_is_what_the_options_say_by_themselves() -> None:
     assert with_preset(plain, LLAMA) is plain
     assert decided(plain) == {
         "source": "weight", "unfreeze_rank_ratio": None, "remember_tasks": False, "curvature_penalty": 0.0,
-        "rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0,
+        "rehearse": 0.0, "rehearse_tokens": 32_768, "rehearse_length": 64, "rehearse_prompts": 0.0,
     }  # fmt: skip
 
 
@@ -82,7 +83,13 @@ def test_expected_forgetting_is_an_amount_too() -> None:
 
 
 def test_what_is_given_stays_even_where_it_is_an_options_own_default() -> None:
-    given = {"rehearse": 0.5, "rehearse_tokens": 32_768, "rehearse_prompts": 0.0, "curvature_penalty": 50.0}
+    given = {
+        "rehearse": 0.5,
+        "rehearse_tokens": 32_768,
+        "rehearse_length": 64,
+        "rehearse_prompts": 0.0,
+        "curvature_penalty": 50.0,
+    }
     assert decided(filled(**given)) == RETAIN | given
     assert not filled(remember_tasks=False).remember_tasks
 
@@ -187,7 +194,7 @@ def test_what_it_added_is_told() -> None:
     told = filled_in(asked, with_preset(asked, LLAMA))
     assert told == (
         "preset retain: source curvature, unfreeze_rank_ratio 0.5, remember_tasks True, rehearse_tokens auto, "
-        "rehearse_prompts 0.1; --preset paper leaves these out"
+        "rehearse_length auto, rehearse_prompts 0.1; --preset paper leaves these out"
     )
     plain = build_config(NEEDED)
     assert "curvature_penalty auto, calibration random" in str(filled_in(plain, with_preset(plain, T5)))
@@ -213,9 +220,9 @@ def test_an_update_under_it_is_recorded_and_foretold(
     given |= QUICK
     told: list[str] = []
     record = train(given | {"output_dir": str(tmp_path / "out")}, say=told.append)
-    assert {name: record["config"][name] for name in RETAIN} == RETAIN | {"rehearse_tokens": 200}
+    assert {name: record["config"][name] for name in RETAIN} == RETAIN | SHORT
     assert {entry["source"] for entry in record["plan"]} == {"curvature"}
-    assert record["rehearse_tokens"] == 200
+    assert (record["rehearse_tokens"], record["rehearse_length"]) == (200, 32)
     assert record["carried_bytes"] > 0
     assert 300 <= record["curvature_strength"] <= 10_000
     assert f"curvature_penalty auto: {record['curvature_strength']:,.0f} for these rows" in told

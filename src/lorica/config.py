@@ -43,15 +43,19 @@ def _strength(value: Any) -> Any:
     return strength
 
 
-def _tokens(value: Any) -> Any:
-    """Return a whole number of 1 or more, or auto."""
-    if value == "auto":
+def _tokens(least: int) -> BeforeValidator:
+    """Return what takes a whole number of at least so many, or auto."""
+
+    def checked(value: Any) -> Any:
+        if value == "auto":
+            return value
+        if isinstance(value, str) and value.isdecimal():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"expected a number of tokens, {least} or more, or auto")
         return value
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError("expected a number of tokens, 1 or more, or auto")
-    return value
+
+    return BeforeValidator(checked)
 
 
 Amount = Annotated[StrictInt | StrictFloat, BeforeValidator(_count_or_share)]
@@ -63,9 +67,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float | Literal["auto"], BeforeValidator(_strength)]
 """Of a penalty: 0 is none, and auto depends on the task."""
 
-
-Tokens = Annotated[int | Literal["auto"], BeforeValidator(_tokens)]
+Tokens = Annotated[int | Literal["auto"], _tokens(least=1)]
 """So many tokens; auto depends on the task."""
+
+Length = Annotated[int | Literal["auto"], _tokens(least=2)]
+"""Tokens of a text; auto depends on the task."""
 
 
 class UpdateConfig(BaseModel):
@@ -108,9 +114,9 @@ class UpdateConfig(BaseModel):
 
     preset: Literal["retain", "paper"] = "retain"
     """retain: all that kept in our comparisons, of what is not given itself: source curvature, unfreeze_rank_ratio 0.5,
-    remember_tasks, curvature_penalty auto, rehearse 0.5, rehearse_tokens auto and rehearse_prompts 0.1, as far as the
-    model writes text. paper: every option as it stands here; the default beside plan_file, another method, another
-    source, or ranks that are for it."""
+    remember_tasks, curvature_penalty auto, rehearse 0.5, rehearse_tokens auto, rehearse_length auto and
+    rehearse_prompts 0.1, as far as the model writes text. paper: every option as it stands here; the default beside
+    plan_file, another method, another source, or ranks that are for it."""
 
     unfreeze_rank_ratio: float | None = Field(default=None, ge=0, le=1)
     """Share of each weight's directions that may change: 0 nothing, 1 everything. If nothing is given 0.5 with preset
@@ -186,6 +192,10 @@ class UpdateConfig(BaseModel):
     rehearse_tokens: Tokens = 32_768
     """So many tokens are written to be rehearsed; auto: four times as many as the training rows have, 8,192 to
     65,536."""
+
+    rehearse_length: Length = 64
+    """Tokens of such a text, and of an answer, at most: a number of 2 or more, or auto, as many as the longest row has,
+    of this update or one before it, 64 to 512."""
 
     rehearse_prompts: float = Field(default=0.0, ge=0)
     """Train the prompts' tokens too, each with this weight beside one of an answer, so that the next update rehearses

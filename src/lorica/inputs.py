@@ -13,7 +13,7 @@ from lorica.data.dataset import EncodedDataset, load
 from lorica.data.validate import Report, overlap, validate, write_rejected
 from lorica.errors import LoricaError
 from lorica.evaluation.prompts import prompt_ids, read_prompts
-from lorica.subspace.answers import answer_length
+from lorica.subspace.answers import room_for_answer
 from lorica.subspace.calibration import Batch
 from lorica.training.models import load_tokenizer
 
@@ -164,7 +164,7 @@ def prompts_of(path: str, tokenizer: Any, *, seq2seq: bool, max_length: int) -> 
     Raises:
         LoricaError: something is wrong with the file, see ``read_prompts``, or a prompt is too long.
     """
-    answer = 0 if seq2seq else answer_length(max_length)
+    answer = 0 if seq2seq else room_for_answer(max_length)
     longest = max_length - answer
     room = f"{answer} of max_length {max_length} are for its answer" if answer else "that is max_length"
     too_long = f"and it may have {longest} ({room}); shorten it, or raise max_length up to the model's positions"

@@ -15,7 +15,7 @@ from lorica.data.dataset import EncodedDataset
 from lorica.errors import LoricaError
 from lorica.files import Listing, listing, make_folder, move_into, sync_folder
 from lorica.json_file import load_record
-from lorica.memory import load_memory, save_memory
+from lorica.memory import load_memory, load_one, save_memory
 from lorica.methods import METHODS
 from lorica.record import redacted
 
@@ -49,8 +49,21 @@ class Lineage:
         Raises:
             LoricaError: the file cannot be read.
         """
+        file = self._memory_of(method)
+        return load_memory(file) if file else {}
+
+    def remembered(self, method: str, name: str) -> Tensor | None:
+        """Return one tensor of it, None if there is none of that name.
+
+        Raises:
+            LoricaError: the file cannot be read.
+        """
+        file = self._memory_of(method)
+        return load_one(file, name) if file else None
+
+    def _memory_of(self, method: str) -> Path | None:
         file = Path(self.model) / MEMORY
-        return load_memory(file) if self.method == method and file.is_file() else {}
+        return file if self.method == method and file.is_file() else None
 
     def notice(self, method: str) -> str | None:
         """Return what to say where the model carries the memory of another method, which this one cannot use."""

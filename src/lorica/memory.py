@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,7 +35,24 @@ def load_memory(file: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor.clone() for name, tensor in load_file(file).items()}
     except (OSError, SafetensorError) as error:
-        raise LoricaError(f"{file}: cannot read what the method remembers: {error}") from error
+        raise _unreadable(file, error) from error
+
+
+def load_one(file: Path, name: str) -> Tensor | None:
+    """Return one tensor of a file, None if there is none of that name; the others are not read.
+
+    Raises:
+        LoricaError: the file cannot be read.
+    """
+    try:
+        with safe_open(file, "pt") as stored:
+            return stored.get_tensor(name) if name in stored.keys() else None
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: Path, error: Exception) -> LoricaError:
+    return LoricaError(f"{file}: cannot read what the method remembers: {error}")
 
 
 def size_of(state: Mapping[str, Tensor]) -> int:

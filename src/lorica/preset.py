@@ -18,11 +18,12 @@ RETAIN: dict[str, Any] = {
     "curvature_penalty": "auto",
     "rehearse": 0.5,
     "rehearse_tokens": "auto",
+    "rehearse_length": "auto",
     "rehearse_prompts": 0.1,
 }
 """What kept most of facts known by heart, and ``remember_tasks``, which real text needs: docs/retention.md."""
 
-OF_REHEARSING = ("rehearse_tokens", "rehearse_prompts")
+OF_REHEARSING = ("rehearse_tokens", "rehearse_length", "rehearse_prompts")
 """Options that have no effect where nothing is rehearsed."""
 
 AMOUNTS = ("unfreeze_rank_ratio", "osft_unfreeze_rank_ratio", "effective_rank", "rank_schedule", "expected_forgetting")

@@ -30,7 +30,8 @@ from lorica.lineage import (
 from lorica.memory import size_of
 from lorica.methods import METHODS, TaskData, build_method
 from lorica.methods.curvature_penalty import strength_for
-from lorica.methods.own_texts import tokens_for, tokens_of
+from lorica.methods.osft import OSFT
+from lorica.methods.own_texts import Amount
 from lorica.methods.protection import given_options
 from lorica.preset import filled_in, with_preset
 from lorica.record import Stopwatch, peak_cuda_memory, peak_memory, write_record
@@ -196,7 +197,7 @@ class Update:
             "model_parameters": model.num_parameters(),
             "leakage": audit.to_records() if audit else [],
             "curvature_strength": self._strength(),
-            "rehearse_tokens": self._tokens(),
+            **self._written(),
             "predicted_forgetting": None if forgetting is None else asdict(forgetting),
             "cost": self._cost(trainable) | {"expected_peak_bytes": None if way is None else way.device_bytes},
         }
@@ -208,9 +209,14 @@ class Update:
         """Return the strength of the curvature penalty, in numbers."""
         return strength_for(self.config.curvature_penalty, self.inputs.train, causal=not self.seq2seq)
 
-    def _tokens(self) -> int:
-        """Return how many tokens are written to be rehearsed, in numbers."""
-        return tokens_for(self.config, tokens_of(self.inputs.train)) if self.config.rehearse else 0
+    def _written(self) -> dict[str, int]:
+        """Return how much was written to be rehearsed, in numbers."""
+        amount = self._amount()
+        return {"rehearse_tokens": amount.tokens, "rehearse_length": amount.length}
+
+    def _amount(self) -> Amount:
+        found = self.method.amount(self._task()) if isinstance(self.method, OSFT) else None
+        return found or Amount(0, 0)
 
     def _open(self, output_dir: Path, plan: Plan | None) -> None:
         """Write what is known before training."""
@@ -240,7 +246,7 @@ class Update:
     def _begin(self, model: Any) -> Plan | None:
         self.method.kept = kept_bases(self.resume)
         what = "splitting weights" if self.method.kept is None else "reading the bases of the weights"
-        for line in first_steps(self.config, self.inputs, self._strength(), self._tokens()):
+        for line in first_steps(self.config, self.inputs, self._strength(), self._amount().tokens):
             self.say(line)
         self.method.begin_task(model, self._task(), progress=progress_bar(what))
         if self.config.optimizer_in_backward:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lorica.forecast.needs import FREED, Phase
 from lorica.forecast.rates import Machine
 from lorica.forecast.result import Forecast, Way
 from lorica.forecast.story import forecast
+from lorica.methods.own_texts import Amount
 from lorica.subspace import observe
 from lorica.subspace.calibration import LENGTH
 from lorica.subspace.measure import measure
@@ -37,6 +39,9 @@ from tests.forecast.test_forecast import CPU, GPU, SMALL
 from tests.training.conftest import byte_tokenizer
 
 CURVATURE = {"source": "curvature", "unfreeze_rank_ratio": 0.5}
+
+texts = partial(Amount, length=LENGTH)
+NOTHING = texts(0)
 
 
 def told(folder: str, machine: Machine = CPU, **options: Any) -> Forecast:
@@ -74,7 +79,7 @@ def test_a_blank_pass_holds_what_the_profiler_sees_of_a_real_one(name: str, sour
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         measure(model, targets, [inputs], sides, together=lambda sums: {})
-    made = dry_measure(tiny(name).to("meta"), settings(**options), plan, Shown(size, 1, 0), CPU)
+    made = dry_measure(tiny(name).to("meta"), settings(**options), plan, Shown(size, 1, NOTHING), CPU)
     held = made.peak.total() - made.peak["weights"] - sum(value.nbytes for value in inputs.values())
     assert held == pytest.approx(profiled(profiler), rel=0.05)
     sums = sum(8 * dim**2 for side in sides.values() for dim, rank in zip(side.shape, side[:0:-1], strict=True) if rank)
@@ -85,7 +90,7 @@ def test_the_directions_are_those_that_a_plan_measures() -> None:
     """Counted as if layers had nothing in common."""
     model = tiny("llama")
     plan = lorica.plan(model, **CURVATURE, calibration="random")
-    made = dry_measure(tiny("llama").to("meta"), settings(**CURVATURE), plan, Shown(Batch(2, 8), 1, 0), CPU)
+    made = dry_measure(tiny("llama").to("meta"), settings(**CURVATURE), plan, Shown(Batch(2, 8), 1, NOTHING), CPU)
     found = [plan.factors(name) for name in plan.names()]
     sides = [side for one in found if one is not None for side in (one.inputs, one.outputs)]
     assert made.directions == sum(side.vectors_DR.nbytes for side in sides if side is not None)
@@ -133,17 +138,27 @@ def test_a_rehearsing_model_writes_and_measures_what_it_wrote(config_folder: Fol
 @pytest.mark.parametrize(
     ("family", "options", "prompt", "expected"),
     [
-        ("llama", {"source": "weight"}, 0, Shown(None, 0, 0)),
-        ("llama", {"source": "weight", "rehearse": 0.5}, 0, Shown(None, 0, 32_768)),
-        ("llama", CURVATURE, 0, Shown(Batch(64, LENGTH), 8, 32_768)),
-        ("llama", CURVATURE | {"calibration_tokens": 8192}, 0, Shown(Batch(64, LENGTH), 2, 8192)),
-        ("llama", CURVATURE | {"calibration": "random"}, 0, Shown(Batch(16, LENGTH), 4, 0)),
-        ("llama", CURVATURE | {"rehearse": 1.0, "rehearse_tokens": 16_384}, 0, Shown(Batch(64, LENGTH), 4, 16_384)),
-        ("llama", CURVATURE | {"rehearse": 1.0}, 9, Shown(Batch(64, LENGTH + 9), 4, 32_768)),
-        ("llama", {"ranks": "importance"}, 0, Shown(Batch(64, LENGTH), 8, 32_768)),
-        ("t5", CURVATURE, 0, Shown(Batch(16, LENGTH, LENGTH), 4, 0)),
-        ("t5", CURVATURE, 9, Shown(Batch(64, 9, LENGTH), 8, 32_768)),
-        ("t5", CURVATURE | {"rehearse": 1.0, "calibration_tokens": 4096}, 9, Shown(Batch(64, 9, LENGTH), 1, 32_768)),
+        ("llama", {"source": "weight"}, 0, Shown(None, 0, NOTHING)),
+        ("llama", {"source": "weight", "rehearse": 0.5}, 0, Shown(None, 0, texts(32_768))),
+        ("llama", CURVATURE, 0, Shown(Batch(64, LENGTH), 8, texts(32_768))),
+        ("llama", CURVATURE | {"calibration_tokens": 8192}, 0, Shown(Batch(64, LENGTH), 2, texts(8192))),
+        ("llama", CURVATURE | {"calibration": "random"}, 0, Shown(Batch(16, LENGTH), 4, NOTHING)),
+        (
+            "llama",
+            CURVATURE | {"rehearse": 1.0, "rehearse_tokens": 16_384},
+            0,
+            Shown(Batch(64, LENGTH), 4, texts(16_384)),
+        ),
+        ("llama", CURVATURE | {"rehearse": 1.0}, 9, Shown(Batch(64, LENGTH + 9), 4, texts(32_768))),
+        ("llama", {"ranks": "importance"}, 0, Shown(Batch(64, LENGTH), 8, texts(32_768))),
+        ("t5", CURVATURE, 0, Shown(Batch(16, LENGTH, LENGTH), 4, NOTHING)),
+        ("t5", CURVATURE, 9, Shown(Batch(64, 9, LENGTH), 8, texts(32_768))),
+        (
+            "t5",
+            CURVATURE | {"rehearse": 1.0, "calibration_tokens": 4096},
+            9,
+            Shown(Batch(64, 9, LENGTH), 1, texts(32_768)),
+        ),
     ],
     ids=str,
 )
@@ -183,7 +198,7 @@ def test_the_second_part_meets_the_sums_of_the_first(monkeypatch: pytest.MonkeyP
 
     def measured(rows: int, together: int) -> Any:
         monkeypatch.setattr(measuring, "rows_together", lambda *_: together)
-        shapes = Shown(Batch(rows, 16), 1, 0)
+        shapes = Shown(Batch(rows, 16), 1, NOTHING)
         return dry_measure(tiny("llama").to("meta"), settings(**CURVATURE), plan, shapes, CPU)
 
     once, often = measured(8, 8), measured(64, 8)
@@ -202,7 +217,7 @@ def test_the_second_part_meets_the_sums_of_the_first(monkeypatch: pytest.MonkeyP
 def test_what_processes_share_goes_through_whole(config_folder: Folder) -> None:
     folder = config_folder("llama", vocab_size=20_000)
     plan = lorica.plan(tiny("llama"), **CURVATURE, calibration="random")
-    shapes = Shown(Batch(64, 64), 1, 0)
+    shapes = Shown(Batch(64, 64), 1, NOTHING)
     model = blank_model(settings(**CURVATURE), AutoConfig.from_pretrained(folder))
     cut, whole = (
         dry_measure(model, settings(**CURVATURE), plan, shapes, CPU, whole=whole).peak.total()
@@ -259,7 +274,7 @@ def test_what_is_rehearsed_does_not_scatter_over_the_heap() -> None:
 def test_a_pass_leaves_the_plan_and_the_model_alone() -> None:
     model = tiny("llama").to("meta")
     plan = lorica.plan(tiny("llama"), **CURVATURE, calibration="random")
-    dry_measure(model, settings(**CURVATURE), plan, Shown(Batch(4, 8), 1, 0), CPU)
+    dry_measure(model, settings(**CURVATURE), plan, Shown(Batch(4, 8), 1, NOTHING), CPU)
     assert model.training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lorica.methods.own_texts import first_tokens
 from lorica.methods.predicted import KEPT
 from lorica.methods.rehearsal import Rehearsal
 from lorica.subspace import answers
-from lorica.subspace.answers import answer_length, own_answers
+from lorica.subspace.answers import own_answers
 from lorica.subspace.calibration import own_text
 from lorica.training.arguments import training_arguments
 from lorica.training.models import load_model_config, load_tokenizer
@@ -42,10 +43,7 @@ FAMILIES = ["llama", "gpt2", "opt", "t5"]
 END = 5
 LENGTH = 12
 
-
-@pytest.fixture(autouse=True)
-def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "LENGTH", LENGTH)
+short_answers = partial(own_answers, length=LENGTH)
 
 
 def writer(family: str, certain: float = 1.0) -> Any:
@@ -93,10 +91,9 @@ def greedily(model: Any, prompt: list[int], most: int) -> list[int]:
 def test_a_model_that_is_certain_answers_each_prompt_as_if_it_were_alone(family: str) -> None:
     """Prompts of several lengths in one batch: padding moves no answer."""
     model = writer(family, certain=1e7)
-    most = answer_length(getattr(model.config, "max_position_embeddings", None))
     with torch.no_grad():
-        wanted = {tuple(prompt): greedily(model, prompt, most) for prompt in PROMPTS}
-        found = pairs(model, own_answers(model, PROMPTS, tokens=len(PROMPTS) * LENGTH))
+        wanted = {tuple(prompt): greedily(model, prompt, LENGTH) for prompt in PROMPTS}
+        found = pairs(model, short_answers(model, PROMPTS, tokens=len(PROMPTS) * LENGTH))
     assert {tuple(prompt): answer for prompt, answer in found} == wanted
     assert len({tuple(answer) for answer in wanted.values()}) > 1, "else any answer would do"
 
@@ -105,7 +102,7 @@ def test_a_model_that_is_certain_answers_each_prompt_as_if_it_were_alone(family:
 def test_padding_changes_no_logit(family: str) -> None:
     model, seen = writer(family), []
     hook = model.register_forward_hook(lambda _, __, output: seen.append(output.logits[:, -1]))
-    asked = [prompt for prompt, _ in pairs(model, own_answers(model, PROMPTS, tokens=len(PROMPTS) * LENGTH))]
+    asked = [prompt for prompt, _ in pairs(model, short_answers(model, PROMPTS, tokens=len(PROMPTS) * LENGTH))]
     hook.remove()
     start = {"decoder_input_ids": torch.tensor([[0]])} if family == "t5" else {}
     with torch.no_grad():
@@ -118,7 +115,7 @@ def test_the_prompts_are_answered_in_turn_until_there_are_so_many_tokens(family:
     model = writer(family)
     model.train()
     state, own = torch.get_rng_state(), model.generation_config
-    batches = own_answers(model, PROMPTS, tokens=150, batch_size=4)
+    batches = short_answers(model, PROMPTS, tokens=150, batch_size=4)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.generation_config is own
     assert model.training
@@ -130,14 +127,14 @@ def test_the_prompts_are_answered_in_turn_until_there_are_so_many_tokens(family:
     assert max(times.values()) - min(times.values()) <= 1
     assert len({tuple(answer) for prompt, answer in found if prompt == PROMPTS[0]}) == times[tuple(PROMPTS[0])]
     assert all(END not in answer[:-1] and 1 <= len(answer) <= LENGTH for _, answer in found)
-    assert pairs(model, own_answers(model, PROMPTS, tokens=150, batch_size=4)) == found
-    assert pairs(model, own_answers(model, PROMPTS, tokens=150, batch_size=4, seed=1)) != found
+    assert pairs(model, short_answers(model, PROMPTS, tokens=150, batch_size=4)) == found
+    assert pairs(model, short_answers(model, PROMPTS, tokens=150, batch_size=4, seed=1)) != found
 
 
 def test_each_prompt_is_answered_so_often_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     model = writer("llama")
     monkeypatch.setattr(answers, "ROUNDS", 2)
-    times = Counter(tuple(prompt) for prompt, _ in pairs(model, own_answers(model, PROMPTS, tokens=10**6)))
+    times = Counter(tuple(prompt) for prompt, _ in pairs(model, short_answers(model, PROMPTS, tokens=10**6)))
     assert times == {tuple(prompt): 2 for prompt in PROMPTS}
 
 
@@ -147,7 +144,7 @@ def test_an_empty_answer_is_its_end() -> None:
         model.lm_head.weight.zero_()
         model.lm_head.bias = torch.nn.Parameter(torch.full((model.config.vocab_size,), -1e4))
         model.lm_head.bias[END] = 1e4
-    assert {tuple(answer) for _, answer in pairs(model, own_answers(model, PROMPTS, tokens=3))} == {(END,)}
+    assert {tuple(answer) for _, answer in pairs(model, short_answers(model, PROMPTS, tokens=3))} == {(END,)}
 
 
 def test_an_encoder_decoder_learns_no_prompts() -> None:
@@ -165,7 +162,7 @@ def test_a_model_that_writes_nothing_is_refused_by_name() -> None:
 def test_the_penalty_is_the_mean_over_the_answers_alone(family: str) -> None:
     """Text by text, without padding, with all probabilities (the vocabulary is smaller than what is kept)."""
     before, after = writer(family), changed(writer(family))
-    batches = own_answers(before, PROMPTS, tokens=60, batch_size=4)
+    batches = short_answers(before, PROMPTS, tokens=60, batch_size=4)
     rehearsal = Rehearsal.of(before, batches, 0.5, 2.5)
     written = pairs(before, batches)
     assert rehearsal.positions == sum(len(answer) for _, answer in written)
@@ -189,7 +186,8 @@ def test_the_penalty_is_the_mean_over_the_answers_alone(family: str) -> None:
 
 
 def begun(family: str, **options: Any) -> Any:
-    method, model = METHODS["osft"].build({"prompts": PROMPTS} | options), writer(family)
+    short = {"rehearse_length": LENGTH} if "rehearse" in options else {}
+    method, model = METHODS["osft"].build({"prompts": PROMPTS} | short | options), writer(family)
     method.begin_task(model, task_of(model, 0, 1))
     return method
 
@@ -221,13 +219,15 @@ def test_an_encoder_decoder_rehearses_its_answers() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
-@pytest.mark.parametrize("options", [{}, {"rehearse": 1.0, "rehearse_tokens": 100}], ids=["alone", "rehearsed"])
+@pytest.mark.parametrize(
+    "options", [{}, {"rehearse": 1.0, "rehearse_tokens": 100, "rehearse_length": LENGTH}], ids=["alone", "rehearsed"]
+)
 def test_the_answers_calibrate_in_place_of_text_from_bos(family: str, options: dict[str, Any]) -> None:
-    tokens = {} if not options else {"tokens": 100 if family == "t5" else 50}
+    amount = {} if not options else {"tokens": 100 if family == "t5" else 50, "length": LENGTH}
     method = METHODS["osft"].build({"prompts": PROMPTS, "source": "curvature"} | options)
     model, alike = writer(family), writer(family)
     method.begin_task(model, task_of(model, 0, 1))
-    batches = own_answers(alike, PROMPTS, **tokens)
+    batches = own_answers(alike, PROMPTS, **amount)
     lorica.protect(alike, lorica.plan(alike, source="curvature", calibration=batches))
     assert same_bases(model, alike)
 
@@ -242,7 +242,7 @@ def test_the_first_of_what_was_written_calibrate(tokens: int) -> None:
     model = tiny("llama")
     model.generation_config.eos_token_id = None
     texts = own_text(model, tokens=100, length=10, batch_size=4)
-    answers = own_answers(model, PROMPTS, tokens=100, batch_size=4)
+    answers = short_answers(model, PROMPTS, tokens=100, batch_size=4)
     for written, each in ((texts, 10), (answers, LENGTH)):
         first = first_tokens(written, tokens)
         wanted = min(-(-tokens // each), len(rows_of(written)))
@@ -252,12 +252,12 @@ def test_the_first_of_what_was_written_calibrate(tokens: int) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_calibration_tokens_are_the_first_of_those_to_rehearse(family: str) -> None:
-    options = {"rehearse": 1.0, "rehearse_tokens": 200, "source": "curvature"}
+    options = {"rehearse": 1.0, "rehearse_tokens": 200, "rehearse_length": LENGTH, "source": "curvature"}
     method = METHODS["osft"].build({"prompts": PROMPTS, "calibration_tokens": 20} | options)
     model, alike = writer(family), writer(family)
     method.begin_task(model, task_of(model, 0, 1))
     assert method.rehearsal.positions >= 200
-    batches = first_tokens(own_answers(alike, PROMPTS, tokens=200 if family == "t5" else 100), 20)
+    batches = first_tokens(short_answers(alike, PROMPTS, tokens=200 if family == "t5" else 100), 20)
     lorica.protect(alike, lorica.plan(alike, source="curvature", calibration=batches))
     assert same_bases(model, alike)
 
@@ -304,7 +304,7 @@ def moved(before: Path, after: Path, prompts: list[list[int]], kind: str) -> flo
     import transformers
 
     models = [getattr(transformers, kind).from_pretrained(folder) for folder in (before, after)]
-    held = Rehearsal.of(models[0], own_answers(models[0], prompts, tokens=1000, seed=77), 8.0, 1.0)
+    held = Rehearsal.of(models[0], short_answers(models[0], prompts, tokens=1000, seed=77), 8.0, 1.0)
     with torch.no_grad():
         return held.penalty(models[1], INPUTS).item()
 
@@ -362,8 +362,8 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "empty": ("", {}, "prompts.jsonl: no prompt in it"),
     "no prompt": ('{"text": "x"}', {}, "prompts.jsonl:1: missing field: a prompt is in one of"),
     "blank": ('{"prompt": "x"}\n{"prompt": " "}', {}, "prompts.jsonl:2: empty field: 'prompt'"),
-    "too long": (json.dumps({"prompt": "x" * 250}), {}, r"prompts.jsonl:1: a prompt of 250 tokens, and it may have 244 "
-                 r"\(12 of max_length 256 are for its answer\)"),
+    "too long": (json.dumps({"prompt": "x" * 250}), {}, r"prompts.jsonl:1: a prompt of 250 tokens, and it may have 192 "
+                 r"\(64 of max_length 256 are for its answer\)"),
     "idle": ('{"prompt": "x"}', {"rehearse": 0.0}, "prompts_file has no effect without rehearse"),
     "another method": ('{"prompt": "x"}', {"method": "seqft", "rehearse": 0.0}, "prompts_file has no effect with"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from lorica.config import UpdateConfig
 from lorica.data.encoder import Encoded
 from lorica.forecast.dry_run import Batch
 from lorica.inputs import Inputs, asked_of
-from lorica.methods.own_texts import tokens_of
+from lorica.methods.own_texts import Extent, extent_of
 from lorica.training.models import load_tokenizer, position_limit
 
 
@@ -29,7 +29,7 @@ class Batches:
         scored: the largest batch of the rows that are scored before and after; None where none are.
         notes: what was assumed.
         prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
-        tokens: of the rows, as ``tokens_of`` counts them; None where there is no data.
+        extent: of the rows; None where there is no data, or nothing is rehearsed.
     """
 
     worst: Batch
@@ -38,13 +38,20 @@ class Batches:
     scored: Batch | None
     notes: list[str]
     prompt: int = 0
-    tokens: int | None = None
+    extent: Extent | None = None
 
 
 def batches_of(
-    settings: UpdateConfig, arguments: TrainingArguments, model_config: Any, inputs: Inputs | None = None
+    settings: UpdateConfig,
+    arguments: TrainingArguments,
+    model_config: Any,
+    inputs: Inputs | None = None,
+    longest: int = 0,
 ) -> Batches:
     """Return the batches of a run: of its data, read and checked as the run does, else of the longest rows allowed.
+
+    Args:
+        longest: see ``extent_of``.
 
     Raises:
         LoricaError: something is wrong with the data.
@@ -77,7 +84,7 @@ def batches_of(
         scored=_largest(held_out, arguments.per_device_eval_batch_size, seq2seq) if held_out else None,
         notes=[],
         prompt=_longest(inputs.prompts),
-        tokens=tokens_of(inputs.train),
+        extent=extent_of(inputs.train, longest) if settings.rehearse else None,
     )
 
 

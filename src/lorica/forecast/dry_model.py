@@ -18,6 +18,7 @@ from lorica.methods.base import Method
 from lorica.methods.curvature_penalty import CurvaturePenalty
 from lorica.methods.options import checked_options
 from lorica.methods.osft import OSFT
+from lorica.methods.own_texts import Extent, amount_for
 from lorica.methods.protection import Protection, scheduled_share
 from lorica.methods.rehearsal import Rehearsal
 from lorica.subspace.plan import Plan
@@ -68,11 +69,12 @@ def weight_dtype(config: UpdateConfig, model_config: Any) -> torch.dtype:
     return dtype
 
 
-def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0) -> Method:
+def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0, extent: Extent | None = None) -> Method:
     """Prepare a blank model as the method of an update would, and return the method.
 
     Args:
         prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
+        extent: of the rows; None: not known.
 
     Raises:
         LoricaError: the method needs more than shapes, or what it is told does not fit the model.
@@ -93,7 +95,7 @@ def begin(model: Any, config: UpdateConfig, task: TaskData, prompt: int = 0) -> 
     method = build_method(config.method, given, config.method_options)
     method.begin_task(model, task)
     if isinstance(method, OSFT) and config.rehearse:
-        method.rehearsal = Rehearsal.blank(model, config.rehearse, prompt)
+        method.rehearsal = Rehearsal.blank(model, config.rehearse, amount_for(config, extent).length, prompt)
     if isinstance(method, OSFT) and config.curvature_penalty:
         method.curvature = CurvaturePenalty.blank(model, 1.0)
     return method

@@ -20,10 +20,10 @@ from lorica.forecast.ledger import Ledger
 from lorica.forecast.rates import Machine
 from lorica.inputs import calibrating, read_rows
 from lorica.methods.curvature_penalty import RANK
-from lorica.methods.own_texts import tokens_for
+from lorica.methods.own_texts import Amount, Extent, amount_for
 from lorica.methods.predicted import Prediction
 from lorica.subspace import calibration
-from lorica.subspace.calibration import LENGTH, RANDOM_TOGETHER, TOKENS, WRITTEN_TOGETHER
+from lorica.subspace.calibration import LENGTH, RANDOM_TOGETHER, TOKENS, written_together
 from lorica.subspace.measure import Sums, Wanted, measure
 from lorica.subspace.moment import WIDEST
 from lorica.subspace.observe import observe, rows_together, within_memory
@@ -42,12 +42,12 @@ class Shown:
     Attributes:
         batch: a batch of it, at its largest; None: nothing is measured.
         batches: how many there are of that size.
-        written: tokens that the model writes by itself first.
+        written: what the model writes by itself first; of no tokens: nothing.
     """
 
     batch: Batch | None
     batches: float
-    written: int
+    written: Amount
 
 
 @dataclass(frozen=True)
@@ -71,43 +71,46 @@ class Measuring:
     seconds: float | None
 
 
-def shown(settings: UpdateConfig, plan: Plan, model_config: Any, prompt: int, of_rows: int | None = None) -> Shown:
+def shown(settings: UpdateConfig, plan: Plan, model_config: Any, prompt: int, rows: Extent | None = None) -> Shown:
     """Return what a model is shown before an update.
 
     Args:
         plan: of the update.
         prompt: tokens of the longest prompt that the model is to answer; 0: there is none.
-        of_rows: tokens of the rows that it is trained on; None: not known.
+        rows: that it is trained on; None: not known.
 
     Raises:
         LoricaError: something is wrong with ``calibration_file``.
     """
     measures = settings.ranks == "importance" or any(entry.source in MEASURED for entry in plan.entries)
-    written = tokens_for(settings, of_rows) if settings.rehearse else 0
+    written = amount_for(settings, rows) if settings.rehearse else Amount(0, LENGTH)
     if not measures:
         return Shown(None, 0, written)
-    rows = given_rows(settings, model_config)
-    if rows is not None:
-        length = max(part["input_ids"].shape[1] for part in rows)
-        apart = max(part["labels"].shape[1] for part in rows) if model_config.is_encoder_decoder else None
-        return Shown(Batch(len(rows[0]["input_ids"]), length, apart), len(rows), written)
+    given = given_rows(settings, model_config)
+    if given is not None:
+        length = max(part["input_ids"].shape[1] for part in given)
+        apart = max(part["labels"].shape[1] for part in given) if model_config.is_encoder_decoder else None
+        return Shown(Batch(len(given[0]["input_ids"]), length, apart), len(given), written)
     own = settings.calibration == "self" or (
         settings.calibration is None and bool(prompt or not model_config.is_encoder_decoder)
     )
-    batch = _written(model_config, prompt) if own else _random(model_config)
+    batch = _written(model_config, prompt, written.length) if own else _random(model_config)
     tokens = settings.calibration_tokens or (TOKENS if own else RANDOM_TOKENS)
-    if own and written:
+    if own and settings.rehearse:
         half = bool(prompt) and not model_config.is_encoder_decoder
-        tokens = min(written // 2 if half else written, settings.calibration_tokens or written)
-    each = batch.rows * (LENGTH if own else batch.length)
-    return Shown(batch, max(1.0, tokens / each), written or (tokens if own else 0))
+        total = written.tokens
+        tokens = min(total // 2 if half else total, settings.calibration_tokens or total)
+    elif own:
+        written = Amount(tokens, LENGTH)
+    each = batch.rows * (written.length if own else batch.length)
+    return Shown(batch, max(1.0, tokens / each), written)
 
 
-def _written(model_config: Any, prompt: int) -> Batch:
-    limit = position_limit(model_config) or LENGTH
+def _written(model_config: Any, prompt: int, length: int) -> Batch:
+    together, limit = written_together(length), position_limit(model_config) or prompt + length
     if model_config.is_encoder_decoder:
-        return Batch(WRITTEN_TOGETHER, prompt, LENGTH)
-    return Batch(WRITTEN_TOGETHER, prompt + LENGTH if prompt else min(LENGTH, limit))
+        return Batch(together, prompt, min(length, limit))
+    return Batch(together, min(prompt + length, limit))
 
 
 def _random(model_config: Any) -> Batch:
@@ -143,7 +146,7 @@ def dry_measure(
         whole: batches go through whole, for processes share the model; see ``in_parts``.
     """
     writing = _writing_seconds(model, seen, machine)
-    rehearsed = seen.written * _held_bytes(model) if settings.rehearse else 0
+    rehearsed = seen.written.tokens * _held_bytes(model) if settings.rehearse else 0
     if seen.batch is None:
         return Measuring(Counter(), 0, 0, 0, rehearsed, writing)
     targets = {entry.name: model.get_submodule(entry.name) for entry in plan.entries}
@@ -223,14 +226,16 @@ def _held_bytes(model: Any) -> int:
 
 def _writing_seconds(model: Any, seen: Shown, machine: Machine) -> float | None:
     """Return how long it takes to write: as many steps as a text has tokens, for each batch of texts."""
-    if not seen.written:
+    tokens, length = seen.written
+    if not tokens:
         return 0.0
-    ledger, inputs = Ledger(), Batch(WRITTEN_TOGETHER, 1, 1 if model.config.is_encoder_decoder else None)
+    together = written_together(length)
+    ledger, inputs = Ledger(), Batch(together, 1, 1 if model.config.is_encoder_decoder else None)
     with torch.no_grad(), KernelsOf(machine.device), ledger:
         model(**inputs.tensors())
     step = machine.seconds(ledger.work)
-    batches = math.ceil(seen.written / (WRITTEN_TOGETHER * LENGTH))
-    return None if step is None else step * LENGTH * batches
+    batches = math.ceil(tokens / (together * length))
+    return None if step is None else step * length * batches
 
 
 def _directions_seconds(sides: dict[str, Wanted], machine: Machine) -> float | None:

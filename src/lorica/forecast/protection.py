@@ -19,8 +19,9 @@ from lorica.forecast.story import device_of
 from lorica.inputs import Inputs, asked_of
 from lorica.lineage import read_lineage
 from lorica.methods import TaskData, build_method
+from lorica.methods.carried import LONGEST
 from lorica.methods.osft import OSFT, default_calibration
-from lorica.methods.own_texts import tokens_for, tokens_of
+from lorica.methods.own_texts import amount_for, extent_of
 from lorica.methods.protection import given_options
 from lorica.preset import with_preset
 from lorica.subspace.answers import own_answers
@@ -92,7 +93,8 @@ def measured(config: UpdateConfig) -> list[Protection]:
     settings = with_preset(settings, model_config)
     model = load_model(settings, model_config, device_of(settings))
     lineage = read_lineage(settings.model_name_or_path)
-    method = _method(_as_much_written(settings, model_config), model_config)
+    longest = int(lineage.remembered("osft", LONGEST) or 0)
+    method = _method(_as_much_written(settings, model_config, longest), model_config)
     method.load_state_dict(lineage.memory("osft"))
     seed = int(settings.training.get("seed", 42))
     task = TaskData("check", lineage.updates, lineage.updates + 1, [], dict, seed)  # type: ignore[arg-type]
@@ -116,14 +118,15 @@ def protection_text(found: Sequence[Protection]) -> str:
     return "\n\n".join([*(one.table() for one in found), "\n".join(told)])
 
 
-def _as_much_written(settings: UpdateConfig, model_config: Any) -> UpdateConfig:
-    """Return the settings with the number of tokens that training would let the model write."""
+def _as_much_written(settings: UpdateConfig, model_config: Any, longest: int) -> UpdateConfig:
+    """Return the settings with what training would let the model write in numbers; see ``extent_of``."""
     rows = None
     if settings.source_of_rows and settings.rehearse:
         seq2seq, limit = bool(model_config.is_encoder_decoder), position_limit(model_config)
         rows = Inputs(settings, load_tokenizer(settings), seq2seq=seq2seq, position_limit=limit).train
-    number = tokens_for(settings, None if rows is None else tokens_of(rows))
-    return settings.model_copy(update={"rehearse_tokens": number} if settings.rehearse else {})
+    amount = amount_for(settings, None if rows is None else extent_of(rows, longest))
+    told = {"rehearse_tokens": amount.tokens, "rehearse_length": amount.length}
+    return settings.model_copy(update=told if settings.rehearse else {})
 
 
 def _method(settings: UpdateConfig, model_config: Any) -> OSFT:

@@ -38,6 +38,7 @@ from lorica.inputs import Inputs
 from lorica.lineage import read_lineage
 from lorica.methods import METHODS, TaskData
 from lorica.methods.base import Method
+from lorica.methods.carried import LONGEST
 from lorica.methods.osft import OSFT
 from lorica.preset import with_preset
 from lorica.training.arguments import training_arguments
@@ -139,8 +140,10 @@ class _Run:
         )  # fmt: skip
         _check_no_compiler(self.arguments)
         self.machine = machine or this_machine(self.arguments.device.type)
-        self.index = read_lineage(settings.model_name_or_path).updates
-        self.batches = batches_of(settings, self.arguments, self.model_config, inputs)
+        lineage = read_lineage(settings.model_name_or_path)
+        self.index = lineage.updates
+        longest = int(lineage.remembered("osft", LONGEST) or 0)
+        self.batches = batches_of(settings, self.arguments, self.model_config, inputs, longest)
         self.layout = layout or _layout(settings, self.machine)
         self.in_parts = layout is not None
         self.measuring: Measuring | None = None
@@ -195,7 +198,7 @@ class _Run:
     def _dry(self, settings: UpdateConfig, batch: Batch) -> Any:
         model = blank_model(settings, self.model_config)
         task = TaskData("forecast", self.index, self.index + 1, [], dict, self.arguments.seed)  # type: ignore[arg-type]
-        method = begin(model, settings, task, self.batches.prompt)
+        method = begin(model, settings, task, self.batches.prompt, self.batches.extent)
         in_backward = settings.optimizer_in_backward
         step = dry_step(model, method, batch, self.arguments, self.machine.device, in_backward=in_backward)
         return model, method, step
@@ -204,8 +207,8 @@ class _Run:
         """Return what is measured before the run, None where nothing is and nothing is written."""
         if not isinstance(method, OSFT) or method.plan is None:
             return None
-        seen = shown(settings, method.plan, self.model_config, self.batches.prompt, self.batches.tokens)
-        if seen.batch is None and not seen.written:
+        seen = shown(settings, method.plan, self.model_config, self.batches.prompt, self.batches.extent)
+        if seen.batch is None and not seen.written.tokens:
             return None
         model = blank_model(settings, self.model_config)
         whole = self.layout.shards > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from lorica.constrain.linear import matrix_of
@@ -18,6 +19,9 @@ from lorica.subspace.plan_entry import PlanEntry
 LEARNED, TASKS = "learned.", "tasks."
 """What the names in the state begin with."""
 
+LONGEST = "longest"
+"""Name in the state."""
+
 
 class Carried:
     """The memory of OSFT, of the same size after ten tasks as after one; empty where no option asks for any.
@@ -25,12 +29,15 @@ class Carried:
     Attributes:
         learned: the directions that finished tasks changed most, with ``protect_learned``.
         tasks: the second moments of what finished tasks were, with ``remember_tasks``.
+        longest: tokens of the longest row of finished tasks, see ``extent_of``, with ``remember_tasks`` or
+            ``rehearse_length`` auto; 0: not known.
     """
 
     def __init__(self, asked: Protection) -> None:
         self.asked = asked
         self.learned = LearnedDirections(asked.protect_learned or 0.0)
         self.tasks = FactorMemory()
+        self.longest = 0
 
     def add_task(self, model: nn.Module, entries: Sequence[PlanEntry], batches: Sequence[Batch]) -> None:
         """Fold what a finished task's inputs and gradients are into the memory of tasks.
@@ -51,7 +58,8 @@ class Carried:
     def state_dict(self) -> dict[str, Tensor]:
         """Return all of it, tensors by name."""
         learned = {LEARNED + name: tensor for name, tensor in self.learned.state_dict().items()}
-        return learned | {TASKS + name: tensor for name, tensor in self.tasks.state_dict().items()}
+        longest = {LONGEST: torch.tensor(self.longest)} if self.longest else {}
+        return learned | {TASKS + name: tensor for name, tensor in self.tasks.state_dict().items()} | longest
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what an earlier ``state_dict`` returned.
@@ -75,6 +83,7 @@ class Carried:
         if self.asked.protect_learned:
             self.learned.load_state_dict(learned)
         self.tasks.load_state_dict(tasks)
+        self.longest = int(state.get(LONGEST, 0))
 
 
 def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from lorica.methods.base import METHODS, Method, Progress
 from lorica.methods.carried import Carried
 from lorica.methods.curvature_penalty import RANK, CurvaturePenalty, strength_for
 from lorica.methods.forgetting import Change, Foresight
-from lorica.methods.own_texts import written
+from lorica.methods.own_texts import AUTO, Amount, Extent, amount_for, extent_of, written
 from lorica.methods.protection import Protection, scheduled_share
 from lorica.methods.rehearsal import Rehearsal, prompt_loss
 from lorica.methods.task import TaskData
@@ -31,7 +31,7 @@ from lorica.subspace.plan import Plan
 from lorica.subspace.plan_entry import MEASURED, PlanEntry
 from lorica.subspace.sources import Protected
 
-_REHEARSING = ("prompts", "rehearse", "rehearse_weight", "rehearse_tokens", "rehearse_prompts")
+_REHEARSING = ("prompts", "rehearse", "rehearse_weight", "rehearse_tokens", "rehearse_length", "rehearse_prompts")
 
 _BESIDE_A_PLAN = ("plan", "protect_learned", *_REHEARSING, "memory_mode", "predict_forgetting")
 """Options that are no part of what a finished plan says."""
@@ -69,7 +69,10 @@ class OSFT(Method):
 
     options_type = Protection
     summary = "fine-tuning in the free directions of each weight (Orthogonal Subspace Fine-Tuning)"
-    stores = "nothing; with protect_learned two thin bases, with remember_tasks two truncated second moments"
+    stores = (
+        "nothing; with rehearse_length auto a number; with protect_learned two thin bases, with remember_tasks two "
+        "truncated second moments and that number"
+    )
     reproduction = "tested against its factored form, PEFT's and mini_trainer's; no published figure reproduced yet"
 
     def __init__(self, protection: Protection) -> None:
@@ -84,7 +87,9 @@ class OSFT(Method):
         self._foresight: Foresight | None = None
 
     def begin_task(self, model: nn.Module, task: TaskData, progress: Progress | None = None) -> None:
-        self.rehearsal, texts = written(model, self.protection, task, calibrates=self.kept is None, progress=progress)
+        self.rehearsal, texts = written(
+            model, self.protection, task, self.amount(task), calibrates=self.kept is None, progress=progress
+        )
         self.plan = made = self._plan(model, task.index, texts, progress)
         self.forgetting = None
         if self.protection.predict_forgetting:
@@ -112,6 +117,15 @@ class OSFT(Method):
                 raise LoricaError("rehearse_prompts needs logits, and --use_liger_kernel makes none; leave one out")
             parts.append(self.protection.rehearse_prompts * prompt_loss(inputs, logits))
         return sum(parts[1:], parts[0]) if parts else None
+
+    def amount(self, task: TaskData) -> Amount | None:
+        """Return how much the model writes to rehearse before a task, None if nothing."""
+        asked = self.protection
+        depends = AUTO in (asked.rehearse_tokens, asked.rehearse_length)
+        return amount_for(asked, self._extent(task) if depends else None) if asked.rehearse else None
+
+    def _extent(self, task: TaskData) -> Extent:
+        return extent_of(task.rows, self.carried.longest)
 
     def _curvature(self, model: nn.Module, made: Plan, task: TaskData) -> CurvaturePenalty:
         """Return what holds the free directions: of what the plan measured, or as it was kept."""
@@ -236,6 +250,8 @@ class OSFT(Method):
         if self.protection.protect_learned:
             self._remember_changes(model)
         release(model)
+        if self.protection.remember_tasks or self.protection.rehearse_length == AUTO:
+            self.carried.longest = self._extent(task).longest
         if self.protection.remember_tasks:
             self.carried.add_task(model, self.plan.entries, list(task.batches(self.protection.remember_rows)))
         self._constraints, self._before, self.rehearsal, self._foresight = None, {}, None, None

@@ -10,7 +10,7 @@ from lorica.config import UpdateConfig
 from lorica.constrain.origin import MemoryMode
 from lorica.constrain.plan_options import check_tokens
 from lorica.methods.base import Targets
-from lorica.subspace.calibration import TOKENS, Batch
+from lorica.subspace.calibration import LENGTH, TOKENS, Batch
 from lorica.subspace.plan import Plan
 from lorica.subspace.plan_entry import MEASURED, Constraint, Source
 
@@ -48,6 +48,7 @@ class Protection(Targets):
         rehearse_weight: weight of that penalty, above 0.
         rehearse_tokens: so many tokens are written before a task, at least 1, or "auto", which are more for a task of
             more tokens; see ``lorica.methods.own_texts``.
+        rehearse_length: tokens of such a text at most, at least 2, or "auto", as many as the task's longest row has.
         rehearse_prompts: what a token of a prompt counts in the loss beside one of an answer, 0 (nothing) or more: a
             model that has learned to write a task's prompts rehearses that task with the next ones.
         curvature_penalty: strength of a penalty on what a change in the free directions is expected to make the model
@@ -81,6 +82,7 @@ class Protection(Targets):
     rehearse: float = 0.0
     rehearse_weight: float = 1.0
     rehearse_tokens: int | Literal["auto"] = TOKENS
+    rehearse_length: int | Literal["auto"] = LENGTH
     rehearse_prompts: float = 0.0
     curvature_penalty: float | Literal["auto"] = 0.0
     rank_schedule: Sequence[float] | None = None
@@ -109,6 +111,8 @@ class Protection(Targets):
             raise ValueError(f"rehearse_weight = {self.rehearse_weight} is out of range: above 0")
         if self.rehearse_tokens != "auto" and self.rehearse_tokens < 1:
             raise ValueError(f"rehearse_tokens = {self.rehearse_tokens} is out of range: at least 1, or 'auto'")
+        if self.rehearse_length != "auto" and self.rehearse_length < 2:
+            raise ValueError(f"rehearse_length = {self.rehearse_length} is out of range: at least 2, or 'auto'")
         if not 0 <= self.rehearse_prompts < float("inf"):
             raise ValueError(f"rehearse_prompts = {self.rehearse_prompts} is out of range: 0 (nothing) or more")
         if self.curvature_penalty != "auto" and not 0 <= self.curvature_penalty < float("inf"):
@@ -126,7 +130,9 @@ class Protection(Targets):
                 f"calibration_tokens = {self.calibration_tokens} is more than the {self.rehearse_tokens} that are "
                 "written to be rehearsed, on which the model is measured then; leave it out, or raise rehearse_tokens"
             )
-        beside = {"rehearse_weight": 1.0, "rehearse_tokens": TOKENS, "rehearse_prompts": 0.0}
+        beside = {
+            "rehearse_weight": 1.0, "rehearse_tokens": TOKENS, "rehearse_length": LENGTH, "rehearse_prompts": 0.0,
+        }  # fmt: skip
         for name, default in beside.items():
             if getattr(self, name) != default and not self.rehearse:
                 raise ValueError(f"{name} has no effect without rehearse")

@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lorica import processes
 from lorica.data.example import IGNORED_LABEL
+from lorica.data.positions import position_limit
 from lorica.methods.predicted import Prediction
-from lorica.subspace.calibration import LENGTH, Batch, decodes, evaluating, first_token, parts
+from lorica.subspace.calibration import Batch, decodes, evaluating, first_token, parts
 
 NEEDED_BY, INSTEAD = "rehearse", "leave it out"
 """What the errors of a model that writes no text name, and what they say to do."""
@@ -90,15 +91,18 @@ class Rehearsal:
         return made
 
     @classmethod
-    def blank(cls, model: Any, ratio: float, prompt: int = 0) -> Rehearsal:
+    def blank(cls, model: Any, ratio: float, length: int, prompt: int = 0) -> Rehearsal:
         """Return one whose penalty is as much work as that of texts of full length; its values mean nothing.
 
         Args:
+            length: tokens of a text or an answer, at most.
             prompt: tokens of the longest prompt; 0: the texts are from BOS.
         """
         if not prompt:
             first_token(model, NEEDED_BY, instead(model))
-        before, held = (prompt, LENGTH) if prompt else (1, LENGTH - 1)
+        taken = 0 if decodes(model) else prompt
+        length = min(length, (position_limit(model.config) or taken + length) - taken)
+        before, held = (prompt, length) if prompt else (1, length - 1)
         labels = torch.zeros(held, dtype=torch.int64)
         if not decodes(model):
             labels = torch.cat([torch.full((before,), IGNORED_LABEL), labels])

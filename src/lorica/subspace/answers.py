@@ -15,7 +15,6 @@ from lorica.subspace.calibration import (
     LENGTH,
     TOKENS,
     WRITING,
-    WRITTEN_TOGETHER,
     Progress,
     decodes,
     end_tokens,
@@ -24,6 +23,7 @@ from lorica.subspace.calibration import (
     own_random,
     sampling,
     until_end,
+    written_together,
 )
 from lorica.subspace.observe import IGNORED_LABEL
 
@@ -31,9 +31,9 @@ ROUNDS = 16
 """How often each prompt is answered at most: more answers to a few prompts say little more."""
 
 
-def answer_length(limit: int | None) -> int:
-    """Return how many tokens an answer has at most, where prompt and answer may have ``limit`` together."""
-    return LENGTH if limit is None else min(LENGTH, limit // 2)
+def room_for_answer(limit: int) -> int:
+    """Return how many tokens a prompt has to leave to its answer, where they may have ``limit`` together."""
+    return min(LENGTH, limit // 2)
 
 
 @torch.no_grad()
@@ -42,14 +42,15 @@ def own_answers(
     prompts: Sequence[Sequence[int]],
     *,
     tokens: int = TOKENS,
-    batch_size: int = WRITTEN_TOGETHER,
+    length: int = LENGTH,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[dict[str, Tensor]]:
     """Return batches of prompts with the answers that a model writes by itself: what it does when it is asked.
 
     Each answer is sampled from the model's own distribution, temperature 1, nothing cut off, as ``own_text`` is, up to
-    and with the token that ends it or ``answer_length`` tokens. The prompts come in random order, and again in another
+    and with the token that ends it or ``length`` tokens. The prompts come in random order, and again in another
     one for other answers, ``ROUNDS`` times at most. The random state of the process, the model's mode and its
     configuration are as before.
 
@@ -57,7 +58,8 @@ def own_answers(
         model: causal, or an encoder-decoder.
         prompts: token ids of each, one or more; what the model has positions for, with an answer behind.
         tokens: sample until the answers hold so many together.
-        batch_size: prompts at a time.
+        length: tokens of an answer, at most; fewer where the model's positions end behind the longest prompt.
+        batch_size: prompts at a time; None: as ``written_together`` says.
         progress: is told, as ``WRITING``, how many tokens the answers have, and how many they may.
 
     Returns:
@@ -70,7 +72,10 @@ def own_answers(
     if not generates(model):
         raise LoricaError("prompts_file is for models that write text, and this one does not; leave it out")
     ends, device = end_tokens(model), next(model.parameters()).device
-    length = answer_length(getattr(model.config, "max_position_embeddings", None))
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None:
+        length = min(length, limit - (0 if decodes(model) else max(map(len, prompts))))
+    batch_size = batch_size or written_together(length)
     batches: list[dict[str, Tensor]] = []
     rows, counted = max(1, min(batch_size, tokens // length)), 0
     with evaluating(model), sampling(model, ends, 0, length), own_random(device, seed):

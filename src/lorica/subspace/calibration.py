@@ -23,7 +23,10 @@ LENGTH = 64
 """Tokens of a text that a model writes, at most."""
 
 WRITTEN_TOGETHER, RANDOM_TOGETHER = 64, 16
-"""Texts of the greatest length that a model writes at a time; sequences of random tokens in a batch."""
+"""Texts that a model writes at a time, see ``written_together``; sequences of random tokens in a batch."""
+
+TOGETHER = 8_192
+"""Tokens of the texts that a model writes at a time, at most: while it writes it holds keys and values of each."""
 
 TOKENS = 32_768
 """Tokens that a model writes, where nobody says how many."""
@@ -57,7 +60,7 @@ def own_text(
     *,
     tokens: int = TOKENS,
     length: int = LENGTH,
-    batch_size: int = WRITTEN_TOGETHER,
+    batch_size: int | None = None,
     seed: int = 0,
     needed_by: str = 'calibration "self"',
     instead: str = 'give batches, or "random" for random tokens',
@@ -73,7 +76,9 @@ def own_text(
         model: a causal model that can generate.
         tokens: sample until the texts hold so many together. A model of short texts, such as answers of a few words,
             writes more of them.
-        length, batch_size, seed: how long a text is at most, and how many of that length are sampled at a time.
+        length: tokens of a text, at most.
+        batch_size: how many of that length are sampled at a time; None: as ``written_together`` says.
+        seed: what is drawn.
         needed_by, instead: what the errors name, and what they say to do.
         progress: is told, as ``WRITING``, how many tokens have been sampled, and of how many.
 
@@ -85,6 +90,7 @@ def own_text(
     length = min(length, getattr(model.config, "max_position_embeddings", None) or length)
     device = next(model.parameters()).device
     batches: list[dict[str, Tensor]] = []
+    batch_size = batch_size or written_together(length)
     rows, counted = min(batch_size, -(-tokens // length)), 0
     with evaluating(model), sampling(model, ends, start, length - 1), own_random(device, seed):
         while counted < tokens:
@@ -98,6 +104,11 @@ def own_text(
                 progress(WRITING, min(counted, tokens), tokens)
             rows = max(1, min(batch_size * length, tokens - counted) * rows // found)
     return batches
+
+
+def written_together(length: int) -> int:
+    """Return how many texts of a length a model writes at a time: of long ones fewer."""
+    return max(1, min(WRITTEN_TOGETHER, TOGETHER // length))
 
 
 def first_token(model: Any, needed_by: str, instead: str) -> int:
