@@ -355,7 +355,7 @@ def test_what_was_remembered_is_not_dropped_in_silence() -> None:
         osft(**measured, protect_learned=0.25).load_state_dict(state)
     given_up = osft(**measured, remember_tasks=True, protect_learned=0)
     given_up.load_state_dict(state)
-    assert {key.split(".")[0] for key in given_up.state_dict()} == {"tasks"}
+    assert {key.split(".")[0] for key in given_up.state_dict()} == {"tasks", "longest"}
 
 
 def test_a_given_plan_is_used_in_every_task_and_left_alone() -> None:
